@@ -1,0 +1,1 @@
+"""Adapters: few new parameters on a frozen backbone."""

@@ -1,0 +1,1 @@
+"""Battle: contenders x probes x seeds, and the report."""

@@ -1,0 +1,1 @@
+"""Blocks: what two pages share, and papers whose idea is one block."""

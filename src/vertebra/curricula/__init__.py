@@ -1,0 +1,1 @@
+"""Curricula: what is seen when."""

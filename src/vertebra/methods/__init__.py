@@ -1,0 +1,1 @@
+"""Methods: training objectives around a backbone or a task model."""

@@ -1,0 +1,1 @@
+"""Necks: pyramid to pyramid."""

@@ -1,0 +1,1 @@
+"""Shipping: export, runtimes, hubs."""

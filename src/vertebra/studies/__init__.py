@@ -1,0 +1,1 @@
+"""Studies: laws, simulators, theory."""

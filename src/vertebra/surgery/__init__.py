@@ -1,0 +1,1 @@
+"""Surgery: model to changed model."""

@@ -1,0 +1,1 @@
+"""Tasks: backbone to predictions and losses."""
