@@ -230,7 +230,7 @@ class Curriculum(ABC):
     def settings(self, progress: Progress) -> Settings:
         """The settings that hold from this point on; a pure function of progress and what was observed."""
 
-    def observe(self, ids: Tensor, losses: Tensor) -> None:  # many curricula do not look at losses
+    def observe(self, ids: Tensor, losses: Tensor) -> None:  # noqa: B027 - many do not look
         """Losses (B,) of the samples `ids` (B,) that were just seen."""
 
 

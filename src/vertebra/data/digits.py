@@ -29,9 +29,9 @@ def digits() -> Dataset:
     """The digits, split 60 / 15 / 25 into train, val and test with the same mix of classes."""
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
-    pixels = (bunch.images * (255 / 16)).round().astype(np.uint8)  # (1797, 8, 8), 17 grey levels to 0..255
-    targets = bunch.target.astype(np.int64)
+    levels, labels = map(np.asarray, load_digits(return_X_y=True))
+    pixels = (levels.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)  # 17 grey levels to 0..255
+    targets = labels.astype(np.int64)
     store, classes = Arrays(pixels), tuple(str(d) for d in range(10))
     everything = Split(
         "all", classes, np.array([f"digit-{i:04d}" for i in range(len(pixels))]), targets, store, np.arange(len(pixels))
