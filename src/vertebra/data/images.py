@@ -94,7 +94,8 @@ def decode(
         max_pixels: pixels above which the image is refused.
 
     Returns:
-        The image, mode "RGB" or "L", without metadata.
+        The image, mode "RGB" or "L", without metadata; `info["whole"]` is its (width, height) upright and before any
+        reduction, from which a crop of a reduced image is computed (half of 375 pixels is not 188).
 
     Raises:
         DataError: the image cannot be read; the message names it, the reason and the remedy.
@@ -129,11 +130,13 @@ def _decode(file: BinaryIO, name: str, least: tuple[int, int] | None, limit: int
             f"{name}: {width} x {height} pixels are more than the {limit} allowed; "
             "make the image smaller, or raise VERTEBRA_MAX_PIXELS if you trust it"
         )
+    turned = _orientation(image) >= 5
     if least and image.format == "JPEG":
-        _draft(image, least)
+        _draft(image, least[::-1] if turned else least)
     image.load()
     result = _eight_bit(_upright(image), name)
     result.info.clear()  # a second reader of the EXIF would turn the image twice
+    result.info["whole"] = (height, width) if turned else (width, height)
     return result
 
 
@@ -167,8 +170,8 @@ def _what(head: bytes) -> str:
 
 
 def _draft(image: Image.Image, least: tuple[int, int]) -> None:
-    """Have a JPEG decoded at the smallest scale that still covers `least` once the image is upright."""
-    height, width = least if _orientation(image) < 5 else least[::-1]
+    """Have a JPEG decoded at the smallest scale that still covers `least`, (height, width) as it is stored."""
+    height, width = least
     image.draft(None, (max(1, width), max(1, height)))
 
 
