@@ -132,7 +132,8 @@ def _decode(file: BinaryIO, name: str, least: tuple[int, int] | None, limit: int
         )
     turned = _orientation(image) >= 5
     if least and image.format == "JPEG":
-        _draft(image, least[::-1] if turned else least)
+        height_enough, width_enough = least[::-1] if turned else least  # as it is stored, not as it is shown
+        image.draft(None, (max(1, width_enough), max(1, height_enough)))
     image.load()
     result = _eight_bit(_upright(image), name)
     result.info.clear()  # a second reader of the EXIF would turn the image twice
@@ -167,12 +168,6 @@ def _what(head: bytes) -> str:
     if head.isascii() and b"\0" not in head:
         return "is text, not an image; a download that failed often looks so"
     return "is no image that is read (AVIF, BMP, GIF, JPEG, PNG, PPM, TIFF, WebP); convert it to PNG or JPEG"
-
-
-def _draft(image: Image.Image, least: tuple[int, int]) -> None:
-    """Have a JPEG decoded at the smallest scale that still covers `least`, (height, width) as it is stored."""
-    height, width = least
-    image.draft(None, (max(1, width), max(1, height)))
 
 
 def _orientation(image: Image.Image) -> int:
