@@ -1,0 +1,78 @@
+"""Write docs/papers/: one page a card and an index, from the cards and the golden numbers. `make docs` runs it."""
+
+import json
+import sys
+from pathlib import Path
+
+from vertebra.paper import Page, pages
+
+ROOT = Path(__file__).parent.parent
+
+
+def render(page: Page) -> str:
+    """One paper's page in Markdown."""
+    paper = page.paper
+    assert paper is not None
+    lines = [f"# {page.name}", "", page.summary, "", f"*{paper.title}* ({paper.year})", ""]
+    if paper.arxiv:
+        lines.append(f"- Paper: [arXiv {paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})")
+    if paper.reference:
+        lines.append(f"- Reference code: `{paper.reference}`" + (f", {paper.licence}" if paper.licence else ""))
+    if paper.claim:
+        lines.append(f"- Claim: {paper.claim}")
+    if paper.builds_on:
+        lines.append("- Builds on: " + ", ".join(f"[{other}]({other}.md)" for other in paper.builds_on))
+    if paper.note:
+        lines.append(f"- Here: {paper.note}")
+    lines += _variants(page)
+    return "\n".join(lines) + "\n"
+
+
+def _variants(page: Page) -> list[str]:
+    if not page.variants:
+        return []
+    golden = ROOT / "tests" / "golden" / f"{page.name}.json"
+    numbers = json.loads(golden.read_text(encoding="utf-8"))["variants"] if golden.is_file() else {}
+    lines = ["", "| address | parameters (M) | GMACs | at | options |", "|---|---|---|---|---|"]
+    for name, options in page.variants.items():
+        known = numbers.get(name, {})
+        cells = [str(known.get(key) or "") for key in ("params_m", "gmacs", "resolution")]
+        listed = ", ".join(f"{key}={value}" for key, value in options.items())
+        lines.append(f"| `{page.name}/{name}` | {' | '.join(cells)} | {listed} |")
+    return lines
+
+
+def documents() -> dict[str, str]:
+    """File name -> text of everything in docs/papers/."""
+    carded = [page for page in pages() if page.paper]
+    index = [
+        "# Papers",
+        "",
+        "Made by `make docs` from the cards; do not edit.",
+        "",
+        "| id | kind | year | title |",
+        "|---|---|---|---|",
+    ]
+    index += [f"| [{p.name}]({p.name}.md) | {p.kind} | {p.paper.year} | {p.paper.title} |" for p in carded if p.paper]
+    return {"index.md": "\n".join(index) + "\n", **{f"{page.name}.md": render(page) for page in carded}}
+
+
+def main() -> int:
+    """Write the files, or with --check say which are stale."""
+    folder = ROOT / "docs" / "papers"
+    folder.mkdir(exist_ok=True)
+    texts = documents()
+    stale = [n for n, text in texts.items() if not (folder / n).is_file() or (folder / n).read_text("utf-8") != text]
+    stale += [path.name for path in folder.glob("*.md") if path.name not in texts]
+    if "--check" in sys.argv:
+        print("\n".join(f"stale: docs/papers/{name}" for name in stale))
+        return int(bool(stale))
+    for path in folder.glob("*.md"):
+        path.unlink()
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
