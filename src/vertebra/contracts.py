@@ -268,16 +268,37 @@ class Report:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a probe will do, for planning within a time budget; right within a factor of two is enough.
+
+    Attributes:
+        forward: images in forward passes, beside the features that probes share.
+        trained: images in training steps.
+        seconds: of everything else.
+    """
+
+    forward: int = 0
+    trained: int = 0
+    seconds: float = 0.5
+
+
 class Probe(ABC):
     """Evidence about a model; never trains the backbone it is given.
 
     Attributes:
         seeded: whether the result depends on the seed even when the weights do not.
         timed: whether the probe measures time or memory, and so must run alone on the machine.
+        weightless: whether the structure decides and the weights do not matter, so that one seed will do.
     """
 
     seeded: bool = False
     timed: bool = False
+    weightless: bool = False
+
+    def work(self, images: Mapping[str, int], classes: int) -> Work:
+        """What a call will do with splits of so many images (name -> n) and so many classes."""
+        return Work()
 
     @abstractmethod
     def __call__(self, model: Backbone, data: Any) -> Report:

@@ -4,12 +4,12 @@ Estimates are made of forward passes, which `contenders.inspect` times. They nee
 only: each job and each cell looks at the clock again before it starts.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from vertebra.battle.cells import Cell
 from vertebra.battle.contenders import Facts
+from vertebra.contracts import Probe, Work
 
 TRAINING_SHARE = 0.5
 """Of the budget, at most, for training contenders from scratch."""
@@ -17,34 +17,18 @@ TRAINING_SHARE = 0.5
 USABLE = 0.9
 """Of the workers' time: the rest goes into starting, decoding and the report."""
 
-WORK: Mapping[str, Callable[["Sizes"], tuple[float, float, float]]] = {
-    "knn": lambda size: (0, 0, 0.1),
-    "linear": lambda size: (0, 0, 2 + 2e-7 * size.train * size.classes * 500),
-    "fewshot": lambda size: (0, 0, 3),
-    "retrieval": lambda size: (0, 0, 0.5),
-    "calibration": lambda size: (0, 0, 0.2),
-    "corruption": lambda size: (75 * size.test, 0, 2 + 75 * size.test * 2e-4),
-    "finetune": lambda size: (10 * size.val + size.test, 3 * 10 * size.train, 2),
-    "speed": lambda size: (600, 0, 2),
-    "memory": lambda size: (16, 0, 2),
-    "cost": lambda size: (0, 0, 0.5),
-}
-"""Probe -> (images in forward passes, images in training steps, other seconds) of one cell."""
-
 
 @dataclass(frozen=True)
 class Sizes:
     """How much data there is: images of each split, and classes."""
 
-    train: int
-    val: int
-    test: int
+    images: Mapping[str, int]
     classes: int
 
     @property
     def total(self) -> int:
         """Images of all splits."""
-        return self.train + self.val + self.test
+        return sum(self.images.values())
 
 
 @dataclass(frozen=True)
@@ -115,7 +99,7 @@ def epochs_within(
         sizes: of the data.
         workers: that share the trainings.
     """
-    epoch = sum(facts.step * sizes.train + facts.forward * sizes.val for facts in contenders.values()) * seeds / workers
+    epoch = sum(_epoch(facts, sizes) for facts in contenders.values()) * seeds / workers
     if budget is None or epoch == 0:
         return planned
     return max(least, min(planned, int(budget * TRAINING_SHARE / epoch)))
@@ -126,7 +110,7 @@ def estimates(
     facts: Mapping[str, Facts],
     sizes: Sizes,
     epochs: int,
-    options: Mapping[str, Mapping[str, Any]],
+    probes: Mapping[str, Probe],
 ) -> Estimates:
     """Seconds of every cell.
 
@@ -135,11 +119,12 @@ def estimates(
         facts: contender -> what is known of it.
         sizes: of the data.
         epochs: of training from scratch.
-        options: probe -> its options; `epochs` scales a probe that trains.
+        probes: name -> probe, which knows its own work.
     """
     cells = list(cells)
     shared = {(cell.contender, cell.seed): _shared(facts[cell.contender], sizes, epochs) for cell in cells}
-    own = {cell: _own(facts[cell.contender], sizes, cell.probe, options.get(cell.probe, {})) for cell in cells}
+    works = {name: probe.work(sizes.images, sizes.classes) for name, probe in probes.items()}
+    own = {cell: _own(facts[cell.contender], works[cell.probe]) for cell in cells}
     return Estimates(shared, own)
 
 
@@ -147,13 +132,16 @@ def _shared(facts: Facts, sizes: Sizes, epochs: int) -> float:
     features = facts.forward * sizes.total
     if facts.training == "pretrained":
         return features
-    return features + epochs * (facts.step * sizes.train + facts.forward * sizes.val)
+    return features + epochs * _epoch(facts, sizes)
 
 
-def _own(facts: Facts, sizes: Sizes, probe: str, options: Mapping[str, Any]) -> float:
-    page = probe.partition("?")[0]
-    forward, step, other = WORK[page](sizes) if page in WORK else (sizes.test, 0, 1)
-    return facts.forward * forward + facts.step * step * options.get("epochs", 10) / 10 + other
+def _epoch(facts: Facts, sizes: Sizes) -> float:
+    """Seconds of one epoch of training from scratch."""
+    return facts.step * sizes.images["train"]
+
+
+def _own(facts: Facts, work: Work) -> float:
+    return facts.forward * work.forward + facts.step * work.trained + work.seconds
 
 
 def allot(

@@ -33,9 +33,6 @@ LEAST_EPOCHS = 3
 FINISHED = ("done", "not_applicable")
 """States that a resumed battle takes over; failed and left-out cells are tried again."""
 
-WEIGHTLESS = ("cost", "memory")
-"""Probes that no training can change the result of."""
-
 
 class Contest:
     """One battle in its run directory.
@@ -86,7 +83,7 @@ class Contest:
 
     def _epochs(self) -> int:
         scratch = {name: facts for name, facts in self.facts.items() if facts.training == "scratch"}
-        planned = scratch_epochs(self.sizes.train)
+        planned = scratch_epochs(self.sizes.images["train"])
         workers = min(available_cores(), max(1, len(scratch) * len(self.settings.seeds)))
         seeds = len(self.settings.seeds)
         return budget.epochs_within(self.settings.budget, planned, LEAST_EPOCHS, scratch, seeds, self.sizes, workers)
@@ -94,8 +91,7 @@ class Contest:
     @property
     def sizes(self) -> budget.Sizes:
         """How much data there is."""
-        train, val, test = (len(self.data.split(name)) for name in ("train", "val", "test"))
-        return budget.Sizes(train, val, test, len(self.data.classes))
+        return budget.Sizes({name: len(split) for name, split in self.data.splits.items()}, len(self.data.classes))
 
     def seeds_of(self, contender: str, probe: str) -> tuple[int, ...]:
         """Seeds for which a cell can differ: all, or only the first where nothing depends on the seed."""
@@ -103,7 +99,7 @@ class Contest:
 
     def fixed(self, contender: str, probe: str) -> bool:
         """Whether the result does not depend on the seed."""
-        if probe in self.timed or self.settings.probes[probe].address in WEIGHTLESS:
+        if self.probes[probe].timed or self.probes[probe].weightless:
             return True
         facts = self.facts.get(contender)
         trained = facts is not None and facts.training == "scratch"
@@ -178,8 +174,7 @@ class Contest:
         board.hear(row)
 
     def _estimates(self, cells: list[Cell]) -> budget.Estimates:
-        options = {name: spec.options for name, spec in self.settings.probes.items()}
-        return budget.estimates(cells, self.facts, self.sizes, self.epochs, options)
+        return budget.estimates(cells, self.facts, self.sizes, self.epochs, self.probes)
 
     def _allot(self, cells: list[Cell], found: budget.Estimates, workers: int) -> budget.Allotment:
         primary = next((n for n in self.probes if self.settings.primary.startswith(f"{n}_")), next(iter(self.probes)))

@@ -1,12 +1,15 @@
 """`vertebra battle`: which backbone should I use for these images?"""
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from vertebra.errors import UsageError
 from vertebra.spec import Spec
+
+if TYPE_CHECKING:
+    from vertebra.battle.ranking import Ranking
 
 
 def _listed(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> list[str] | None:
@@ -35,6 +38,16 @@ def _weights(context: click.Context, parameter: click.Parameter, values: tuple[s
             raise UsageError(f"--weights {value!r}: write CONTENDER=WEIGHTS, as timm/resnet18=weights.safetensors")
         found[name] = path
     return found or None
+
+
+def show(ranking: "Ranking", *, as_json: bool) -> None:
+    """The end of a battle on stdout."""
+    from vertebra.battle.board import conclusion
+
+    if as_json:
+        click.echo(json.dumps({**ranking.to_json(), "report": str(ranking.report)}))
+    else:
+        conclusion(ranking)
 
 
 @click.command("battle")
@@ -115,14 +128,10 @@ def command(data: str | None, as_json: bool, resume: str | None, **given: Any) -
         raise UsageError("give DATA, a folder of labelled images or 'digits', or --resume DIR")
     for address in given["contenders"] or ():
         Spec(address.partition("?")[0])  # a misspelt name is refused before torch is loaded
-    from vertebra.battle.board import conclusion
     from vertebra.battle.contest import battle
 
     contenders, probes = given.pop("contenders"), given.pop("probes")
     options = {name: value for name, value in given.items() if value not in (None, False)}
     options["quiet"] = given["quiet"] or as_json
     ranking = battle(contenders, probes, data, run_dir=resume, resume=resume is not None, **options)
-    if as_json:
-        click.echo(json.dumps({**ranking.to_json(), "report": str(ranking.report)}))
-    else:
-        conclusion(ranking)
+    show(ranking, as_json=as_json)
