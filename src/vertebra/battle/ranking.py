@@ -24,8 +24,8 @@ MEMORY = "peak_mem_mb"
 AS_FAST = 1.05
 """Ratio of latencies below which two contenders are as fast as one another."""
 
-WIDE = 5.0
-"""Points that a tie may hide before the reasons say so."""
+NEGLIGIBLE = 2.0
+"""Points that nobody minds losing for a cheaper network; a tie that may hide more does not decide the pick."""
 
 
 @dataclass(frozen=True)
@@ -228,6 +228,13 @@ def tied(best: str, judged: Sequence[Comparison]) -> list[str]:
     ]
 
 
+def possible_loss(best: str, name: str, judged: Sequence[Comparison], column: Column) -> float:
+    """By how much `name` may be worse than `best`: the far end of the difference's 95 % interval."""
+    pair = next(p for p in judged if {p.a, p.b} == {best, name})
+    sign = (1 if pair.a == best else -1) * (1 if column.better == "higher" else -1)
+    return max(sign * pair.low, sign * pair.high)
+
+
 def choose(
     column: Column,
     table: Table,
@@ -237,7 +244,10 @@ def choose(
     nearest: Mapping[str, float],
     fixed: Collection[str] = (),
 ) -> Pick:
-    """The pick: among the contenders that tie with the best on the primary score, the cheapest to run.
+    """The pick: the best on the primary score, or a cheaper contender that is as good for all that matters.
+
+    A tie alone is no proof of equality: a cheaper contender takes the best one's place only where the 95 % interval of
+    the difference rules out a loss of more than `NEGLIGIBLE`.
 
     Args:
         column: the primary score.
@@ -255,12 +265,13 @@ def choose(
         return Pick(None, column.name, None, None, (), _no_pick(refused, nearest, column, bool(scored)))
     equals = [name for name in tied(best, judged) if name in allowed]
 
-    pick = cheapest([best, *equals], table, params)
+    losses = {name: possible_loss(best, name, judged, column) for name in equals}
+    pick = cheapest([best, *(name for name in equals if losses[name] <= NEGLIGIBLE)], table, params)
     others = tuple(name for name in (best, *equals) if name != pick)
     reasons = [
         _best_sentence(pick, best, column, table, judged),
         *_tie_sentences(pick, best, equals, table, judged, params, fixed),
-        _caution(pick, best, judged) if pick != best else "",
+        *_cautions(pick, best, losses, table, params),
         *_refusal_sentences(best, column, table, refused),
     ]
     return Pick(pick, column.name, table[pick][column.name].value, best, others, tuple(filter(None, reasons)))
@@ -328,13 +339,16 @@ def _tie_sentences(
     return said
 
 
-def _caution(pick: str, best: str, judged: Sequence[Comparison]) -> str:
-    """A tie is no proof of equality: what the pick may cost where the interval is wide."""
-    pair = next(p for p in judged if {p.a, p.b} == {best, pick})
-    behind = max(abs(pair.low), abs(pair.high))
-    if behind < WIDE:
-        return ""
-    return f"{pick} may still be up to {behind:.0f} points behind {best}; more test images or more seeds would tell."
+def _cautions(
+    pick: str, best: str, losses: Mapping[str, float], table: Table, params: Mapping[str, float]
+) -> list[str]:
+    """Cheaper contenders that tie with the best and are not picked, because the tie may hide a loss."""
+    unsure = {name: loss for name, loss in losses.items() if loss > NEGLIGIBLE}
+    return [
+        f"{name} would be cheaper, but may be up to {loss:.1f} points behind {best}; more test images or seeds would tell."
+        for name, loss in unsure.items()
+        if cheapest([pick, name], table, params) == name
+    ]
 
 
 def _cheaper(pick: str, other: str, table: Table, params: Mapping[str, float]) -> str:
@@ -344,7 +358,7 @@ def _cheaper(pick: str, other: str, table: Table, params: Mapping[str, float]) -
         times = f"({ours.value:.3g} ms against {theirs.value:.3g} ms)"
         if not _as_fast(theirs, ours):
             return f"; {pick} is {theirs.value / ours.value:.1f}x as fast {times}"
-        said = f"; both are as fast {times}"
+        said = f"; their latencies cannot be told apart {times}"
     if pick in params and other in params:
         said += f"; {pick} has {params[pick]:.3g} M parameters against {params[other]:.3g} M"
     return said
