@@ -6,7 +6,7 @@ READY := .venv/.ready
 .PHONY: battle test lint docs lock clean
 
 battle: $(READY) ## the main job on the built-in digits; ends with the path of a report
-	$(BIN)/vertebra battle digits --budget 150s
+	$(BIN)/vertebra battle digits --budget 140s
 
 test: $(READY) ## the whole suite: no network, no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto

@@ -37,7 +37,7 @@ NETWORKS = (
     "convnext_femto",
     "resnet18",
 )
-"""Small ones in which, under random weights, a rounded pixel stays small: the mobile families magnify it a hundredfold."""
+"""Small ones in which, under random weights, a rounded pixel stays small; the mobile families magnify it."""
 PROBES = ("knn", "linear", "few_shot", "retrieval", "calibration", "corruption")
 SCORES = {
     "knn": "knn_top1",

@@ -70,4 +70,4 @@ def test_every_probe_knows_its_own_work() -> None:
     }
     assert found["corruption"].forward == 15 * 256 and found["corruption"].trained == 0
     assert found["finetune"].trained == 3 * 10 * 1000
-    assert found["knn"].forward == 0 and found["speed"].forward == 10 * (10 + 16)
+    assert found["knn"].forward == 0 and found["speed"].forward == 10 * (4 * 10 + 16)

@@ -259,8 +259,13 @@ def _seconds(backbone: Backbone, device: str, training: Training) -> tuple[float
             times.append(time.perf_counter() - start)
         return min(times) / images
 
-    seconds = best(forward)
-    return seconds, best(step) if training == "scratch" else 3 * seconds
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the workers have it; two threads on a busy machine would measure their waiting
+    try:
+        seconds = best(forward)
+        return seconds, best(step) if training == "scratch" else 3 * seconds
+    finally:
+        torch.set_num_threads(threads)
 
 
 def allows_commercial(licence: str) -> bool:

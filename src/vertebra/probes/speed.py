@@ -49,7 +49,9 @@ class Speed(Probe):
         self.options = {"rounds": rounds, "repeats": repeats, "batch": batch}
 
     def work(self, images: Mapping[str, int], classes: int) -> Work:
-        return Work(forward=self.options["rounds"] * (self.options["repeats"] + self.options["batch"]))
+        # an image alone takes a few times its share of a batch; building the network and warming up take the rest
+        images_a_round = 4 * self.options["repeats"] + self.options["batch"]
+        return Work(forward=self.options["rounds"] * images_a_round, seconds=2.0)
 
     def __call__(self, model: Backbone, data: Evidence) -> Report:
         return measure({"it": model}, device=data.device, **self.options)["it"]

@@ -2,7 +2,9 @@
 
     vertebra train DATA --backbone timm/convnext_nano.in12k_ft_in1k --recipe finetune
 
-Expected: EXPECTED_FINETUNE
+Expected: 69.4 % top-1 on the test split (372 images) of the clothing dataset (900 training images, 10 garments) with
+`timm/test_resnet` at 64 pixels, from weights that 8 epochs of CIFAR-10 had made; `scratch`, with twice the steps,
+comes to 63.2 %.
 
 AdamW with the rate falling by a quarter for each part from the head back, so that what the weights know is
 kept where it is general; averaged weights; mild views; epochs such that small sets get about a thousand steps.
@@ -21,7 +23,7 @@ def finetune(data: str, backbone: Spec, images: int) -> Run:
     plan = Plan(
         epochs=epochs_for(images, batch, steps=STEPS, least=8, most=60),
         batch=batch,
-        lr=5e-4,
+        lr=1e-3,
         weight_decay=0.05,
         layer_decay=0.75,
         warmup_epochs=2.0,
