@@ -345,7 +345,8 @@ def _cautions(
     """Cheaper contenders that tie with the best and are not picked, because the tie may hide a loss."""
     unsure = {name: loss for name, loss in losses.items() if loss > NEGLIGIBLE}
     return [
-        f"{name} would be cheaper, but may be up to {loss:.1f} points behind {best}; more test images or seeds would tell."
+        f"{name} would be cheaper, but may be up to {loss:.1f} points behind {best}; "
+        "more test images or seeds would tell."
         for name, loss in unsure.items()
         if cheapest([pick, name], table, params) == name
     ]
