@@ -20,12 +20,14 @@ def test_lists_and_help_do_not_import_torch(words: list[str]) -> None:
         f"try: main({words!r})\nexcept SystemExit as leave: assert not leave.code, leave.code\n"
         "heavy = {'torch', 'timm', 'numpy', 'PIL', 'plotly'} & set(sys.modules)\nassert not heavy, heavy"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_import_of_the_package_does_not_import_torch() -> None:
     code = "import sys, vertebra\nassert not {'torch', 'numpy'} & set(sys.modules)\nassert 'battle' in dir(vertebra)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_verb_explains_itself() -> None:
