@@ -1,10 +1,12 @@
-"""Write docs/papers/: one page a card and an index, from the cards and the golden numbers. `make docs` runs it."""
+"""Write docs/papers/: one page a card and an index, from cards, golden numbers and evidence. `make docs` runs it."""
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from vertebra.paper import Page, pages
+from vertebra.cli.reproduce import table
+from vertebra.paper import Page, evidence, pages
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,14 +27,16 @@ def render(page: Page) -> str:
     if paper.note:
         lines.append(f"- Here: {paper.note}")
     lines += _variants(page)
+    for entry in evidence(page.name):
+        lines += ["", f"## Measured: {entry['verdict']}", "", f"    {entry['command']}", ""]
+        lines += [f"    {line}".rstrip() for line in table(entry)]
     return "\n".join(lines) + "\n"
 
 
 def _variants(page: Page) -> list[str]:
     if not page.variants:
         return []
-    golden = ROOT / "tests" / "golden" / f"{page.name}.json"
-    numbers = json.loads(golden.read_text(encoding="utf-8"))["variants"] if golden.is_file() else {}
+    numbers = _golden(page).get("variants", {})
     lines = ["", "| address | parameters (M) | GMACs | at | options |", "|---|---|---|---|---|"]
     for name, options in page.variants.items():
         known = numbers.get(name, {})
@@ -40,6 +44,24 @@ def _variants(page: Page) -> list[str]:
         listed = ", ".join(f"{key}={value}" for key, value in options.items())
         lines.append(f"| `{page.name}/{name}` | {' | '.join(cells)} | {listed} |")
     return lines
+
+
+def _golden(page: Page) -> dict[str, Any]:
+    golden = ROOT / "tests" / "golden" / f"{page.name}.json"
+    return json.loads(golden.read_text(encoding="utf-8")) if golden.is_file() else {}
+
+
+def proofs(page: Page) -> tuple[str, str, str]:
+    """The state of the three proofs that a page owes: numbers, parity, effect; "" where one is still owed.
+
+    Networks of timm are timm's own, so that their parity is that the page builds the network it names.
+    """
+    golden = _golden(page)
+    variants, parity = golden.get("variants", {}), golden.get("parity")
+    numbers = f"{len(variants)} variants" if variants else ""
+    on_timm = any("timm" in options for options in page.variants.values())
+    measured = ", ".join(f"{entry['verdict']} ({entry['scale']})" for entry in evidence(page.name))
+    return numbers, "golden outputs" if parity else "timm's own" if on_timm else "", measured
 
 
 def documents() -> dict[str, str]:
@@ -50,10 +72,16 @@ def documents() -> dict[str, str]:
         "",
         "Made by `make docs` from the cards; do not edit.",
         "",
-        "| id | kind | year | title |",
-        "|---|---|---|---|",
+        "Every page owes three proofs: published *numbers* (parameters, MACs) in a test, *parity* with the reference's",
+        "outputs in a test, and the claimed *effect*, measured by `vertebra reproduce ID`. Empty: still owed.",
+        "",
+        "| id | kind | year | title | numbers | parity | effect |",
+        "|---|---|---|---|---|---|---|",
     ]
-    index += [f"| [{p.name}]({p.name}.md) | {p.kind} | {p.paper.year} | {p.paper.title} |" for p in carded if p.paper]
+    for page in carded:
+        assert page.paper
+        cells = (f"[{page.name}]({page.name}.md)", page.kind, str(page.paper.year), page.paper.title, *proofs(page))
+        index.append(f"| {' | '.join(cells)} |")
     return {"index.md": "\n".join(index) + "\n", **{f"{page.name}.md": render(page) for page in carded}}
 
 

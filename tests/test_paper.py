@@ -40,9 +40,9 @@ def test_card_must_be_literal_and_carry_the_modules_name(tmp_path: Path) -> None
 
 def test_every_module_of_a_kind_with_a_card_is_found() -> None:
     carded = {
-        (kind, path.stem)
+        (kind, path.stem if path.stem != "__init__" else path.parent.name)
         for kind in KINDS
-        for path in (ROOT / kind).glob("*.py")
+        for path in (*(ROOT / kind).glob("*.py"), *(ROOT / kind).glob("*/__init__.py"))
         if any(
             isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "PAPER"
             for node in ast.parse(path.read_text()).body

@@ -26,20 +26,30 @@ class Views:
         ratio: smallest and largest aspect ratio of that crop.
         flip: probability of a horizontal flip.
         jitter: strength of brightness, contrast and saturation changes, 0..1.
+        hue: largest turn of the hue, as a share of the colour circle, 0..0.5.
+        jitter_chance: probability that an image's colours are changed at all, by `jitter` and `hue`.
+        grey: probability that an image loses its colours.
+        blur: probability of a Gaussian blur, sigma 0.1 to 2 pixels at a side of 224.
         policy: "none", "randaugment", "trivialaugment" or "augmix", from torchvision.
         erase: probability that a random rectangle is erased.
         mixup: alpha of mixup; 0 switches it off.
         cutmix: alpha of cutmix; 0 switches it off.
+        size: side of the view in pixels; None takes what the network sees.
     """
 
     scale: tuple[float, float] = (0.5, 1.0)
     ratio: tuple[float, float] = (0.75, 1.3333)
     flip: float = 0.5
     jitter: float = 0.0
+    hue: float = 0.0
+    jitter_chance: float = 1.0
+    grey: float = 0.0
+    blur: float = 0.0
     policy: Literal["none", "randaugment", "trivialaugment", "augmix"] = "none"
     erase: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
+    size: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +74,7 @@ class Plan:
         freeze: parts of the trunk, counted from the input, that stay as they are; -1 freezes the whole backbone.
         precision: Fabric's name; "auto" takes bf16 where it pays on this machine and 32 bit elsewhere.
         views: how images are varied.
+        more_views: further views of each image, for methods that compare views of one image.
         evaluate_every: epochs between evaluations.
         checkpoint_every: seconds between checkpoints within an epoch.
         seed: of weights, order and views.
@@ -87,6 +98,7 @@ class Plan:
     freeze: int = 0
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "32-true"
     views: Views = field(default_factory=Views)
+    more_views: tuple[Views, ...] = ()
     evaluate_every: int = 1
     checkpoint_every: float = 600.0
     seed: int = 0
@@ -111,22 +123,28 @@ class Run:
         backbone: what to train.
         recipe: the recipe the plan came from, by name.
         plan: how.
+        method: what the backbone is pretrained by; None trains a classifier on the labels.
         task: one label an image, many, or whatever the data says.
         label_smoothing: mass moved from the right class to all of them, 0..1.
         class_weights: "none" or "balanced" (inverse frequency, mean 1).
         image_size: side in pixels; None takes the backbone's own.
         on_error: what an unreadable image does.
+        curriculum: what is seen when, a page of curricula; None sees the same throughout.
+        adapter: few new parameters on the backbone, which stays as it is, a page of adapters; None trains all of it.
     """
 
     data: str
     backbone: Spec
     recipe: str = "finetune"
     plan: Plan = field(default_factory=Plan)
+    method: Spec | None = None
     task: Literal["auto", "single", "multi"] = "auto"
     label_smoothing: float = 0.1
     class_weights: Literal["none", "balanced"] = "none"
     image_size: int | None = None
     on_error: Literal["raise", "skip"] = "raise"
+    curriculum: Spec | None = None
+    adapter: Spec | None = None
 
 
 def to_json(value: Any) -> Any:

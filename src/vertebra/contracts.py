@@ -10,6 +10,7 @@ Shapes are written (B, C, H, W): images in a batch, channels, rows, columns. Ima
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -160,11 +161,13 @@ class Batch(NamedTuple):
         images: (B, C, H, W) float, normalised.
         targets: (B,) int64 for one label an image, (B, classes) float for many, or the task's own.
         ids: (B,) int64 positions in the split.
+        views: further views of the same images, (B, C, H_v, W_v) each, where the plan asks for more than one.
     """
 
     images: Tensor
     targets: Any
     ids: Tensor
+    views: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -213,13 +216,15 @@ class Settings:
     Attributes:
         image_size: side in pixels.
         band: side of the square of low frequencies that is kept, in pixels.
-        augmentation: strength, 0 (none) to 1 (the plan's).
+        augmentation: strength of all views, 0 (none) to 1 (the plan's).
+        policy: strength of the views' policy (RandAugment's magnitude) alone, 0..1, on top of `augmentation`.
         weights: (n,) sampling weights over the training set.
     """
 
     image_size: int | None = None
     band: int | None = None
     augmentation: float | None = None
+    policy: float | None = None
     weights: Tensor | None = None
 
 
@@ -361,3 +366,70 @@ class Study(ABC):
     @abstractmethod
     def __call__(self) -> Report:
         """Run the study."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that an effect must show.
+
+    Attributes:
+        name: what, in a few words, with its threshold.
+        holds: whether the measurement shows it.
+        found: the figures, in words.
+    """
+
+    name: str
+    holds: bool
+    found: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an effect's arms gave, seed by seed.
+
+    Attributes:
+        values: arm -> metric -> (S,) one value a seed, in the order of the seeds; every arm has the same seeds.
+    """
+
+    values: Mapping[str, Mapping[str, np.ndarray]]
+
+    def mean(self, arm: str, metric: str) -> float:
+        """Mean over the seeds."""
+        return float(self.values[arm][metric].mean())
+
+    def gain(self, arm: str, baseline: str, metric: str) -> np.ndarray:
+        """Difference of an arm from another one, seed by seed, (S,)."""
+        return self.values[arm][metric] - self.values[baseline][metric]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effect:
+    """A paper's claim as an experiment: arms that differ in one thing, over seeds, beside a baseline.
+
+    A page that claims one has a function `effect(scale, data) -> Effect`, where `scale` is "toy" (about ten minutes
+    on two cores) or "gpu", and `data` is a dataset or None for the page's own choice of built-in data.
+    `vertebra reproduce` measures it and writes the evidence.
+
+    Attributes:
+        claim: what the paper says, as this experiment asks it.
+        arms: arm -> what it is, in a few words; the order of the table.
+        baseline: the arm that the others are compared with.
+        metrics: metric -> unit, as in `Score`; the first one ranks.
+        measure: (arm, seed, folder) -> metric -> value, NaN where an arm has no such thing. Runs in a process of
+            its own; the folder is the arm's and seed's, and is kept.
+        prepare: (seed, folder) -> None, what the arms of a seed share, such as weights; done before them in a process
+            of its own. Its folder is `prepared-SEED` beside the arms' folders.
+        checks: what the figures must show.
+        limits: what this scale can and cannot show.
+        data: what the arms were measured on, in words.
+    """
+
+    claim: str
+    arms: Mapping[str, str]
+    baseline: str
+    metrics: Mapping[str, str]
+    measure: Callable[[str, int, Path], Mapping[str, float]]
+    checks: Callable[[Measured], Sequence[Check]]
+    limits: str
+    data: str
+    prepare: Callable[[int, Path], None] | None = None

@@ -6,6 +6,7 @@ the pages. Adding a page adds one file; nothing is registered anywhere.
 """
 
 import ast
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -159,3 +160,30 @@ def find_page(name: str, kind: str | None = None) -> Page:
     what = f"page of {kind}" if kind else "page"
     listing = "vertebra models list" if kind == "backbones" else "vertebra papers list"
     raise UsageError(f"no {what} is called {name!r}{near(name, [p.name for p in candidates])}; `{listing}` shows all")
+
+
+def entries(path: Path) -> list[dict[str, Any]]:
+    """The measurements in an evidence file; none where there is no file.
+
+    Raises:
+        UsageError: the file is no evidence.
+    """
+    if not path.is_file():
+        return []
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["evidence"]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise UsageError(f"{path} is no evidence of `vertebra reproduce`: {error!r}; move it away") from error
+
+
+@cache
+def _shipped() -> Path:
+    """Folder of the evidence that comes with vertebra: beside the sources, or in the package."""
+    package = Path(__file__).parent
+    beside = package.parent.parent / "evidence"
+    return beside if (package.parent.parent / "pyproject.toml").is_file() else package / "evidence"
+
+
+def evidence(paper_id: str) -> list[dict[str, Any]]:
+    """What `vertebra reproduce` measured of a page, an entry a scale and data; empty where nothing was."""
+    return entries(_shipped() / f"{paper_id}.json")

@@ -55,7 +55,11 @@ def run(batches: Batches, epoch: int = 0, start: int = 0) -> list:
 def assert_same(found: list, expected: list) -> None:
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+        assert (
+            all(torch.equal(a, b) for a, b in zip(one[:3], other[:3], strict=True))
+            and not one.views
+            and not other.views
+        )
 
 
 def ids(batches: list) -> list[int]:
@@ -144,7 +148,7 @@ def test_ranks_see_together_what_one_sees(views):
     one = run(loader(split, views, batch=8, on_error="skip"))
     shares = [run(loader(split, views, batch=8, rank=rank, world=2, on_error="skip")) for rank in range(2)]
     for whole, left, right in zip(one, *shares, strict=True):
-        for part, expected in enumerate(whole):
+        for part, expected in enumerate(whole[:3]):
             assert torch.equal(torch.cat([left[part], right[part]]), expected)
     assert [len(batch.ids) for batch in shares[0]][:3] == [4, 4, 4]
 

@@ -5,7 +5,8 @@ import json
 
 import click
 
-from vertebra.paper import KINDS, Page, find_page, pages
+from vertebra.cli.reproduce import table
+from vertebra.paper import KINDS, Page, evidence, find_page, pages
 
 
 def _carded() -> list[Page]:
@@ -37,14 +38,18 @@ def list_papers(kind: str | None, as_json: bool) -> None:
 @click.argument("paper_id", metavar="ID")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def show_paper(paper_id: str, as_json: bool) -> None:
-    """Show one paper: its card, its variants, its claim."""
+    """Show one paper: its card, its variants, its claim, and what was measured of it."""
     page = find_page(paper_id)
     if as_json:
         card = dataclasses.asdict(page.paper) if page.paper else None
         variants = {name: dict(options) for name, options in page.variants.items()}
-        click.echo(json.dumps({"kind": page.kind, "summary": page.summary, "paper": card, "variants": variants}))
+        found = {"kind": page.kind, "summary": page.summary, "paper": card, "variants": variants}
+        click.echo(json.dumps({**found, "evidence": evidence(paper_id)}))
         return
     click.echo(card_text(page))
+    for entry in evidence(paper_id):
+        click.echo(f"  measured   {entry['verdict']} ({entry['scale']} scale): {entry['command']}")
+        click.echo("\n".join(f"    {line}".rstrip() for line in table(entry)))
 
 
 def card_text(page: Page) -> str:

@@ -8,11 +8,12 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
+from vertebra.data.annotations import Annotations
 from vertebra.errors import DataError, near
 
 Label = Literal["single", "multi", "none"]
@@ -50,6 +51,7 @@ class Split:
         targets: (n,) int64 for one label, (n, classes) uint8 for many, None where there are none.
         store: where the pixels are.
         rows: (n,) positions in the store.
+        annotations: boxes, masks, captions and the like, an entry an image, where the data has them.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Split:
     targets: np.ndarray | None
     store: Store
     rows: np.ndarray
+    annotations: Annotations | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -66,11 +69,27 @@ class Split:
         """Decode image `index` of the split; see `Store.image`."""
         return self.store.image(int(self.rows[index]), least)
 
+    def target(self, index: int) -> dict[str, Any]:
+        """What is known of image `index`; the names are those of `vertebra.data.annotations`.
+
+        Raises:
+            DataError: nothing but classes is known.
+        """
+        if self.annotations is None:
+            raise DataError(f"split {self.name!r} has no boxes, masks or captions; its classes are in `targets`")
+        return self.annotations.target(index)
+
     def select(self, indices: Sequence[int] | np.ndarray, name: str | None = None) -> "Split":
         """The images at `indices`, in that order."""
         chosen = np.asarray(indices, dtype=np.int64)
-        targets = None if self.targets is None else self.targets[chosen]
-        return replace(self, name=name or self.name, names=self.names[chosen], targets=targets, rows=self.rows[chosen])
+        return replace(
+            self,
+            name=name or self.name,
+            names=self.names[chosen],
+            targets=None if self.targets is None else self.targets[chosen],
+            rows=self.rows[chosen],
+            annotations=None if self.annotations is None else self.annotations.select(chosen),
+        )
 
     @property
     def counts(self) -> np.ndarray:
@@ -88,8 +107,8 @@ class Dataset:
 
     Attributes:
         path: the path as given.
-        layout: what it was recognised as: "imagefolder", "table", "flat", "huggingface", "webdataset", "digits".
-        label: one label an image, many, or none.
+        layout: what it was recognised as, one of `vertebra.data.reading.LAYOUTS`.
+        label: one class an image, many, or none. Of boxes and masks, the classes that an image shows are its many.
         classes: class names in the order of the targets.
         splits: name -> split.
         notes: what a reader should know: files that were skipped, empty classes, synonyms that were mapped.
@@ -125,6 +144,8 @@ class Dataset:
             digest.update(np.array([split.store.size_bytes(int(r)) for r in split.rows], dtype=np.int64).tobytes())
             if split.targets is not None:
                 digest.update(np.ascontiguousarray(split.targets).tobytes())
+            if split.annotations is not None:
+                digest.update(split.annotations.digest())
         return digest.hexdigest()[:16]
 
 

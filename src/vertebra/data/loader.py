@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from vertebra.config import Views
 from vertebra.contracts import Batch, Preprocess, Settings
 from vertebra.data.dataset import Split
+from vertebra.data.frequencies import low_frequencies
 from vertebra.data.pixels import Bad, OnError, available_cores, fitted, least_fitted, mode_of, normalised
 from vertebra.data.views import check, generator, least_viewed, mix, source, view
 from vertebra.errors import DataError, UsageError
@@ -46,8 +47,9 @@ class Request(NamedTuple):
         indices: (B,) positions in the split of the whole batch, over all ranks.
         places: (P,) places in that batch which this part fills.
         preprocess: how the images reach the network.
-        views: how they are varied; None in evaluation.
+        views: how they are varied, one entry a view; none in evaluation.
         strength: of the views, 0..1.
+        policy: strength of the views' policy on top of that, 0..1.
         seed: of the run.
     """
 
@@ -55,8 +57,9 @@ class Request(NamedTuple):
     indices: np.ndarray
     places: np.ndarray
     preprocess: Preprocess
-    views: Views | None
+    views: tuple[Views, ...]
     strength: float
+    policy: float
     seed: int
 
 
@@ -66,14 +69,24 @@ class Part(NamedTuple):
     Attributes:
         places: (P,) as asked.
         indices: (P,) int64 positions in the split that the pixels show; -1 where nothing could be read.
-        planes: (P, C, H, W) uint8.
+        planes: (P, C, H, W) uint8 of each view.
         bad: images that could not be read on the way.
     """
 
     places: np.ndarray
     indices: np.ndarray
-    planes: Tensor
+    planes: tuple[Tensor, ...]
     bad: tuple[Bad, ...]
+
+
+def _seen(request: Request) -> list[Preprocess]:
+    """What the network sees of each view."""
+    if not request.views:
+        return [request.preprocess]
+    return [
+        request.preprocess if views.size is None else replace(request.preprocess, size=(views.size, views.size))
+        for views in request.views
+    ]
 
 
 def _covering(image: Image.Image, least: tuple[int, int]) -> Image.Image:
@@ -112,8 +125,10 @@ class Decoder(Dataset):
     def __getitem__(self, request: Request) -> Part:
         """Decode, vary and resize one part of a batch; unreadable images are reported, not raised."""
         count = len(request.places)
-        planes = torch.empty((count, request.preprocess.channels, *request.preprocess.size), dtype=torch.uint8)
-        rows = planes.permute(0, 2, 3, 1).numpy()  # (P, H, W, C), the same memory
+        planes = tuple(
+            torch.empty((count, request.preprocess.channels, *seen.size), dtype=torch.uint8) for seen in _seen(request)
+        )
+        rows = [plane.permute(0, 2, 3, 1).numpy() for plane in planes]  # (P, H, W, C), the same memory
         shown, bad = np.full(count, -1, dtype=np.int64), {}
         for row, place in enumerate(request.places):
             for index in self._candidates(request, int(place)):
@@ -121,7 +136,9 @@ class Decoder(Dataset):
                 if isinstance(found, Bad):
                     bad[index] = found
                 else:
-                    rows[row], shown[row] = found, index
+                    for view_rows, pixels in zip(rows, found, strict=True):
+                        view_rows[row] = pixels
+                    shown[row] = index
                     break
         return Part(request.places, shown, planes, tuple(bad.values()))
 
@@ -130,7 +147,7 @@ class Decoder(Dataset):
         count = len(request.indices) if self.on_error == "skip" else 1
         return (int(request.indices[(place + offset) % len(request.indices)]) for offset in range(count))
 
-    def _drawn(self, index: int, request: Request) -> np.ndarray | Bad:
+    def _drawn(self, index: int, request: Request) -> list[np.ndarray] | Bad:
         if index in self.bad:
             return self.bad[index]
         try:
@@ -139,16 +156,30 @@ class Decoder(Dataset):
             self.bad[index] = Bad(index, str(self.split.names[index]), str(error))
             return self.bad[index]
 
-    def _pixels(self, index: int, request: Request) -> np.ndarray:
-        """(H, W, C) uint8 of one image."""
-        preprocess, views = request.preprocess, request.views
-        if views is None:
+    def _pixels(self, index: int, request: Request) -> list[np.ndarray]:
+        """(H, W, C) uint8 of one image, a view each."""
+        preprocess, sizes = request.preprocess, _seen(request)
+        if not request.views:
             least = least_fitted(preprocess)
-            return self._keep(index, preprocess, lambda: fitted(self.split.image(index, least), preprocess))
-        least = least_viewed(views, preprocess)
+            return [self._keep(index, preprocess, lambda: fitted(self.split.image(index, least), preprocess))]
+        needs = [least_viewed(views, size) for views, size in zip(request.views, sizes, strict=True)]
+        least = (max(height for height, _ in needs), max(width for _, width in needs))
         key = least, preprocess.channels
         kept = self._keep(index, key, lambda: source(_covering(self.split.image(index, least), least), preprocess))
-        return view(kept, index, request.epoch, request.seed, views, preprocess, request.strength)
+        return [
+            view(
+                kept,
+                index,
+                request.epoch,
+                request.seed,
+                views,
+                size,
+                request.strength,
+                policy=request.policy,
+                number=number,
+            )
+            for number, (views, size) in enumerate(zip(request.views, sizes, strict=True))
+        ]
 
     def _keep(self, index: int, key: Hashable, make: Callable[[], np.ndarray]) -> np.ndarray:
         """What was kept of an image under `key`, or what `make` makes, kept if there is room."""
@@ -302,6 +333,7 @@ class Batches:
         split: the images.
         preprocess: size and normalisation that the network expects.
         views: how training images are varied; None for evaluation, in fixed order and dropping nothing.
+        more_views: further views of each image, which come as `Batch.views`.
         batch: images a step, over all ranks.
         seed: of order and views.
         workers: processes that decode; 0 uses threads of this one, "auto" is `automatic_workers`.
@@ -327,6 +359,7 @@ class Batches:
         preprocess: Preprocess,
         *,
         views: Views | None,
+        more_views: tuple[Views, ...] = (),
         batch: int,
         seed: int,
         workers: int | Literal["auto"] = "auto",
@@ -343,6 +376,7 @@ class Batches:
         self.split = split
         self.preprocess = preprocess
         self.views = views
+        self.more_views = more_views
         self.batch = batch
         self.seed = seed
         self.rank = rank
@@ -351,6 +385,8 @@ class Batches:
         self.drop_last = self.shuffle if drop_last is None else drop_last
         self.mix_classes = mix_classes or len(split.classes)
         self.strength = strength
+        self.policy = 1.0
+        self.band: int | None = None
         self.weights: np.ndarray | None = None
         self._bad: dict[int, Bad] = {}
         self._check()
@@ -361,10 +397,15 @@ class Batches:
             raise UsageError(f"batch is {self.batch}; it must be at least 1 and a multiple of the {self.world} ranks")
         if not 0 <= self.rank < self.world:
             raise UsageError(f"rank is {self.rank}; with {self.world} ranks it must be in 0..{self.world - 1}")
-        if not 0 <= self.strength <= 1:
-            raise UsageError(f"strength is {self.strength}; it must be in 0..1")
-        if self.views is not None:
-            check(self.views)
+        for name in ("strength", "policy"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be in 0..1")
+        if self.band is not None and not 0 < self.band <= min(self.preprocess.size):
+            raise UsageError(f"band is {self.band}; it must be in 1..{min(self.preprocess.size)} pixels")
+        for views in self._all_views:
+            check(views)
+        if self.more_views and (self.views is None or self.mixes):
+            raise UsageError("more_views go with views, and without mixup and cutmix: mixed images have no second view")
         if len(self.split) < (self.world if self.drop_last else 1):
             raise DataError(f"split {self.split.name!r} has {len(self.split)} images; {self.world} ranks need as many")
         if self.mixes and self.split.targets is None:
@@ -386,6 +427,10 @@ class Batches:
         if self.drop_last:
             return max(1, len(self.split) // self.batch)
         return math.ceil(len(self.split) / self.batch)
+
+    @property
+    def _all_views(self) -> tuple[Views, ...]:
+        return () if self.views is None else (self.views, *self.more_views)
 
     @property
     def mixes(self) -> bool:
@@ -430,14 +475,13 @@ class Batches:
             count -= count % self.world
         places = np.array_split(np.arange(count), self.world)[self.rank]
         worker = indices[places] % self._crew.size
-        views, strength = self.views, self.strength
+        how = self._all_views, self.strength, self.policy, self.seed
         return [
-            Request(epoch, indices, places[worker == turn], self.preprocess, views, strength, self.seed)
-            for turn in range(self._crew.size)
+            Request(epoch, indices, places[worker == turn], self.preprocess, *how) for turn in range(self._crew.size)
         ]
 
-    def _joined(self, parts: list[Part]) -> tuple[Tensor, np.ndarray]:
-        """Planes (B, C, H, W) and positions (B,) of this rank's share, in order."""
+    def _joined(self, parts: list[Part]) -> tuple[tuple[Tensor, ...], np.ndarray]:
+        """Planes (B, C, H, W) of each view and positions (B,) of this rank's share, in order."""
         for part in parts:
             self._bad.update((bad.index, bad) for bad in part.bad)
             if (part.indices < 0).any():
@@ -446,17 +490,21 @@ class Batches:
             return parts[0].planes, parts[0].indices
         places = np.concatenate([part.places for part in parts])
         first, ids = places.min(initial=len(self.split)), np.empty(len(places), dtype=np.int64)
-        planes = parts[0].planes.new_empty(len(places), *parts[0].planes.shape[1:])
+        views = tuple(planes.new_empty(len(places), *planes.shape[1:]) for planes in parts[0].planes)
         for part in parts:
             ids[part.places - first] = part.indices
-            planes.index_copy_(0, torch.from_numpy(part.places - first), part.planes)
-        return planes, ids
+            for planes, some in zip(views, part.planes, strict=True):
+                planes.index_copy_(0, torch.from_numpy(part.places - first), some)
+        return views, ids
 
-    def _batch(self, planes: Tensor, ids: np.ndarray, epoch: int, step: int) -> Batch:
-        images, targets = normalised(planes.permute(0, 2, 3, 1), self.preprocess), self._targets(ids)
+    def _batch(self, planes: tuple[Tensor, ...], ids: np.ndarray, epoch: int, step: int) -> Batch:
+        images, *views = (normalised(plane.permute(0, 2, 3, 1), self.preprocess) for plane in planes)
+        targets = self._targets(ids)
+        if self.band is not None:
+            images = low_frequencies(images, self.band)  # before mixing, which cuts edges into the image
         if self.views is not None and self.mixes:
             images, targets = mix(images, targets, self.mix_classes, self.views, self.seed, epoch, step, self.strength)
-        return Batch(images, targets, torch.from_numpy(ids))
+        return Batch(images, targets, torch.from_numpy(ids), tuple(views))
 
     def _targets(self, ids: np.ndarray) -> Tensor:
         targets = self.split.targets
@@ -475,8 +523,6 @@ class Batches:
     def with_settings(self, settings: Settings) -> "Batches":
         """A copy with what a curriculum asks for; it shares the workers, and `bad`.
 
-        The band of frequencies is not applied here: it is cut from whole batches, on the network's device.
-
         Raises:
             UsageError: a size or strength out of range, or weights that are no distribution over the split.
         """
@@ -487,6 +533,10 @@ class Batches:
             changed.preprocess = replace(self.preprocess, size=(settings.image_size, settings.image_size))
         if settings.augmentation is not None:
             changed.strength = settings.augmentation
+        if settings.policy is not None:
+            changed.policy = settings.policy
+        if settings.band is not None:
+            changed.band = settings.band
         if settings.weights is not None:
             changed.weights = self._distribution(settings.weights)
         changed._check()

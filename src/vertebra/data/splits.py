@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from vertebra.data.annotations import Annotations
 from vertebra.data.dataset import Dataset, Label, Split, Store
 from vertebra.errors import DataError, near
 
@@ -34,12 +35,14 @@ class Found:
         labels: a class name an image, or a tuple of names where an image may have many; None without labels.
         store: where the pixels are.
         rows: (n,) positions in the store.
+        annotations: boxes, masks, captions and the like, an entry an image.
     """
 
     names: np.ndarray
     labels: Sequence[str] | Sequence[tuple[str, ...]] | None
     store: Store
     rows: np.ndarray
+    annotations: Annotations | None = None
 
 
 def split_of(word: str) -> str | None:
@@ -126,7 +129,7 @@ def assemble(
     for name, one in found.items():
         _check_classes(path, name, one, numbers)
         targets = _targets(one.labels, numbers, label)
-        splits[name] = Split(name, tuple(classes), one.names, targets, one.store, one.rows)
+        splits[name] = Split(name, tuple(classes), one.names, targets, one.store, one.rows, one.annotations)
     return Dataset(path, layout, label, tuple(classes), splits, tuple(notes))
 
 

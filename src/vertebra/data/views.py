@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageFilter
 from torch import Tensor
 from torch.nn.functional import interpolate, one_hot
 
@@ -23,6 +23,7 @@ from vertebra.errors import UsageError
 
 STREAMS = ("view", "order", "mix")
 CROP_TRIES = 10
+BLUR_SIGMA, BLUR_SIDE = (0.1, 2.0), 224  # SimCLR, arXiv 2002.05709, appendix A
 ERASE_SCALE, ERASE_RATIO = (0.02, 0.33), (0.3, 3.3)  # Random Erasing, arXiv 1708.04896
 RANDAUGMENT_MAGNITUDE, AUGMIX_SEVERITY = 9, 3
 _WORD = (1 << 64) - 1
@@ -31,14 +32,14 @@ Box = tuple[int, int, int, int]
 
 
 def generator(
-    seed: int, epoch: int, index: int, stream: Literal["view", "order", "mix"] = "view"
+    seed: int, epoch: int, index: int, stream: Literal["view", "order", "mix"] = "view", number: int = 0
 ) -> np.random.Generator:
-    """Random numbers that depend on these four only; made in about 8 microseconds.
+    """Random numbers that depend on these five only; made in about 8 microseconds.
 
     The counter's lowest word is left to the draws, so that streams never overlap.
     """
     key = np.array([seed & _WORD, epoch & _WORD], dtype=np.uint64)
-    counter = np.array([0, index & _WORD, STREAMS.index(stream), 0], dtype=np.uint64)
+    counter = np.array([0, index & _WORD, STREAMS.index(stream), number], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
@@ -52,9 +53,13 @@ def check(views: Views) -> None:
         raise UsageError(f"views.scale is {views.scale}; it must rise within 0..1 and start above 0, as (0.5, 1)")
     if not 0 < views.ratio[0] <= views.ratio[1]:
         raise UsageError(f"views.ratio is {views.ratio}; it must rise and start above 0, as (0.75, 1.333)")
-    for name in ("flip", "jitter", "erase"):
+    for name in ("flip", "jitter", "jitter_chance", "grey", "blur", "erase"):
         if not 0 <= getattr(views, name) <= 1:
             raise UsageError(f"views.{name} is {getattr(views, name)}; it must be in 0..1")
+    if not 0 <= views.hue <= 0.5:
+        raise UsageError(f"views.hue is {views.hue}; it must be in 0..0.5")
+    if views.size is not None and views.size < 1:
+        raise UsageError(f"views.size is {views.size}; it must be at least 1 pixel")
     for name in ("mixup", "cutmix"):
         if not 0 <= getattr(views, name) < math.inf:
             raise UsageError(f"views.{name} is {getattr(views, name)}; it must be 0 (off) or above")
@@ -68,6 +73,9 @@ def view(
     views: Views,
     preprocess: Preprocess,
     strength: float = 1.0,
+    *,
+    policy: float = 1.0,
+    number: int = 0,
 ) -> np.ndarray:
     """The training view of one image in one epoch.
 
@@ -79,6 +87,8 @@ def view(
         views: how images are varied.
         preprocess: size, filter and channels.
         strength: 0 (the central square, not varied) to 1 (what `views` says).
+        policy: strength of `views.policy` on top of that, 0..1.
+        number: which view of the image, from 0, where a batch has several.
 
     Returns:
         (H, W, C) uint8; may be a strided or broadcast view of memory that nothing else holds.
@@ -87,13 +97,13 @@ def view(
         UsageError: the network takes neither 1 nor 3 channels.
     """
     pixels = source(image, preprocess) if isinstance(image, Image.Image) else image
-    random = generator(seed, epoch, index)
+    random = generator(seed, epoch, index, number=number)
     left, top, right, bottom = crop_box(pixels.shape[1], pixels.shape[0], views, random, strength)
     pixels = _scaled(pixels[top:bottom, left:right], preprocess)
     if random.random() < views.flip * strength:
         pixels = pixels[:, ::-1]
-    if strength and (views.policy != "none" or views.jitter):
-        pixels = _coloured(pixels, views, random, strength)
+    if strength and (views.policy != "none" or views.jitter or views.hue or views.grey or views.blur):
+        pixels = _coloured(pixels, views, random, strength, policy)
     if random.random() < views.erase * strength:
         pixels = _erase(pixels, preprocess, random)
     return np.broadcast_to(pixels, (*pixels.shape[:2], preprocess.channels))  # grey to RGB costs nothing
@@ -163,13 +173,21 @@ def least_viewed(views: Views, preprocess: Preprocess) -> tuple[int, int]:
     return math.ceil(side), math.ceil(side)
 
 
-def _coloured(pixels: np.ndarray, views: Views, random: np.random.Generator, strength: float) -> np.ndarray:
-    """Pixels (H, W, c) after the policy and the colour jitter, which work on Pillow's images."""
+def _coloured(
+    pixels: np.ndarray, views: Views, random: np.random.Generator, strength: float, policy: float
+) -> np.ndarray:
+    """Pixels (H, W, c) after the policy, the colour changes and the blur, which work on Pillow's images."""
     image = Image.fromarray(np.ascontiguousarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels))
     if views.policy != "none":
-        image = _policy(image, views.policy, random, strength)
-    if views.jitter:
+        image = _policy(image, views.policy, random, strength * policy)
+    if (views.jitter or views.hue) and (views.jitter_chance == 1 or random.random() < views.jitter_chance):
         image = _jitter(image, views.jitter * strength, random)
+        if views.hue and image.mode == "RGB":
+            image = _turned(image, views.hue * strength, random)
+    if views.grey and random.random() < views.grey * strength:
+        image = image.convert("L")
+    if views.blur and random.random() < views.blur * strength:
+        image = image.filter(ImageFilter.GaussianBlur(random.uniform(*BLUR_SIGMA) * max(image.size) / BLUR_SIDE))
     return as_array(image)
 
 
@@ -181,6 +199,13 @@ def _jitter(image: Image.Image, amount: float, random: np.random.Generator) -> I
         if place < 2 or image.mode == "RGB":  # grey has no saturation
             image = enhancers[place](image).enhance(max(0.0, float(factors[place])))
     return image
+
+
+def _turned(image: Image.Image, amount: float, random: np.random.Generator) -> Image.Image:
+    """The hue turned by up to `amount` of the colour circle, either way."""
+    hue, saturation, value = image.convert("HSV").split()
+    shift = round(256 * amount * (2 * random.random() - 1))
+    return Image.merge("HSV", (hue.point([(h + shift) % 256 for h in range(256)]), saturation, value)).convert("RGB")
 
 
 def _erase(pixels: np.ndarray, preprocess: Preprocess, random: np.random.Generator) -> np.ndarray:

@@ -221,7 +221,8 @@ class Training:
     def placed(self, batch: Batch) -> Batch:
         """The batch on the device, its images as the network's weights lie."""
         placed = self.fabric.to_device(batch)
-        return placed._replace(images=placed.images.to(memory_format=self.layout))
+        images, *views = (images.to(memory_format=self.layout) for images in (placed.images, *placed.views))
+        return placed._replace(images=images, views=tuple(views))
 
     def close_epoch(self) -> None:
         """Evaluate where it is time, write the epoch's row, keep a checkpoint."""
@@ -249,8 +250,6 @@ class Training:
             return self.batches
         start = self.epoch * len(self.batches)
         settings = self.curriculum.settings(Progress(start, self.steps, self.epoch, self.epochs))
-        if settings.band is not None:
-            raise UsageError(f"{type(self.curriculum).__name__} asks for a band of frequencies, which fit does not cut")
         return self.batches.with_settings(settings)  # type: ignore[attr-defined]
 
     def steps_left(self) -> int:
@@ -296,7 +295,7 @@ class Training:
             rest -= len(part.images)
             with self.fabric.no_backward_sync(self.forward, enabled=rest > 0):
                 self.objective.batch, self.objective.progress = part, self.progress
-                losses = list(self.forward(part.images).values())
+                losses = list(self.forward(part.images, *part.views).values())
                 share = torch.stack(losses).sum() * (len(part.images) / images)
                 self.fabric.backward(share * self.fabric.world_size)  # ranks' gradients are averaged, not summed
             total += share.detach()
@@ -455,10 +454,10 @@ class Objective(nn.Module):
         self.batch: Batch | None = None
         self.progress: Progress | None = None
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """The method's losses on the batch that was put here, with these images."""
+    def forward(self, images: Tensor, *views: Tensor) -> dict[str, Tensor]:
+        """The method's losses on the batch that was put here, with these images and further views of them."""
         assert self.batch is not None and self.progress is not None
-        return self.method(self.batch._replace(images=images), self.progress)
+        return self.method(self.batch._replace(images=images, views=views), self.progress)
 
 
 @dataclass

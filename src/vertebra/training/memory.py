@@ -65,7 +65,8 @@ def in_parts(work: Callable[[Batch], Any], batch: Batch, size: int | None, devic
 
 
 def _part(batch: Batch, rows: slice) -> Batch:
-    return Batch(batch.images[rows], _rows(batch.targets, rows), batch.ids[rows])
+    views = tuple(view[rows] for view in batch.views)
+    return Batch(batch.images[rows], _rows(batch.targets, rows), batch.ids[rows], views)
 
 
 def _on(targets: Any, device: torch.device) -> Any:
