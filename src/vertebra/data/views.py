@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,18 @@ RANDAUGMENT_MAGNITUDE, AUGMIX_SEVERITY = 9, 3
 _WORD = (1 << 64) - 1
 
 Box = tuple[int, int, int, int]
+
+
+class Placement(NamedTuple):
+    """Where a view lies in an image.
+
+    Attributes:
+        box: (left, top, right, bottom) in pixels of the image; right and bottom are outside.
+        flipped: whether left and right are swapped afterwards.
+    """
+
+    box: Box
+    flipped: bool
 
 
 def generator(
@@ -98,9 +110,9 @@ def view(
     """
     pixels = source(image, preprocess) if isinstance(image, Image.Image) else image
     random = generator(seed, epoch, index, number=number)
-    left, top, right, bottom = crop_box(pixels.shape[1], pixels.shape[0], views, random, strength)
+    (left, top, right, bottom), flipped = place(pixels.shape[1], pixels.shape[0], views, random, strength)
     pixels = _scaled(pixels[top:bottom, left:right], preprocess)
-    if random.random() < views.flip * strength:
+    if flipped:
         pixels = pixels[:, ::-1]
     if strength and (views.policy != "none" or views.jitter or views.hue or views.grey or views.blur):
         pixels = _coloured(pixels, views, random, strength, policy)
@@ -159,6 +171,12 @@ def crop_box(width: int, height: int, views: Views, random: np.random.Generator,
     across, down = max(1, min(width, round(height * aspect))), max(1, min(height, round(width / aspect)))
     left, top = (width - across) // 2, (height - down) // 2
     return left, top, left + across, top + down
+
+
+def place(width: int, height: int, views: Views, random: np.random.Generator, strength: float = 1.0) -> Placement:
+    """Where a view lies in an image: the first random numbers of every view."""
+    box = crop_box(width, height, views, random, strength)
+    return Placement(box, random.random() < views.flip * strength)
 
 
 def least_viewed(views: Views, preprocess: Preprocess) -> tuple[int, int]:
