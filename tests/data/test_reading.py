@@ -20,28 +20,44 @@ def draw(file, shade=0, size=(12, 8)):
     Image.new("L", size, shade).save(file)
 
 
-@pytest.mark.parametrize("name", ["annotations/instances_val.json", "val.xml", "data.yaml", "captions.json"])
-def test_layouts_that_are_not_read_yet_are_named(tmp_path, name):
+@pytest.mark.parametrize("name", ["annotations/instances_val.json", "panoptic_val.json"])
+def test_broken_annotations_are_not_passed_over(tmp_path, name):
     draw(tmp_path / "a.png")
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("{}")
-    with pytest.raises(
-        DataError, match=f"looks like .*{Path(name).name}.*, which is not read yet; read are class folders"
-    ):
+    with pytest.raises(DataError, match=f"{Path(name).name} is called as annotations are"):
         read(tmp_path)
     assert len(read(tmp_path, layout="flat").splits["all"]) == 1
 
 
-def test_masks_and_pairs_and_videos_are_not_taken_for_classes(tmp_path):
-    draw(tmp_path / "masks/images/a.png")
-    draw(tmp_path / "masks/masks/a.png")
-    draw(tmp_path / "pairs/HR/a.png")
-    draw(tmp_path / "pairs/LR_bicubic/a.png")
-    (tmp_path / "films").mkdir()
-    (tmp_path / "films/a.mp4").write_bytes(b"0")
-    for folder, mark in {"masks": "images with masks", "pairs": "pairs for restoration", "films": "videos"}.items():
-        with pytest.raises(DataError, match=mark):
-            read(tmp_path / folder)
+def test_two_layouts_at_once_ask(tmp_path):
+    draw(tmp_path / "JPEGImages/a.png")
+    draw(tmp_path / "SegmentationClass/a.png", 1)
+    (tmp_path / "Annotations").mkdir()
+    box = "<bndbox><xmin>2</xmin><ymin>2</ymin><xmax>5</xmax><ymax>5</ymax></bndbox>"
+    (tmp_path / "Annotations/a.xml").write_text(
+        f"<annotation><filename>a.png</filename><object><name>cat</name>{box}</object></annotation>"
+    )
+    with pytest.raises(DataError, match=r"can be read as voc and as masks; say which: layout='voc'"):
+        read(tmp_path)
+    assert read(tmp_path, layout="voc").classes == ("cat",)
+    assert read(tmp_path, layout="masks").layout == "masks"
+
+
+def test_sprites_are_built_in():
+    data = read("sprites")
+    assert data.layout == "sprites" and data.label == "single" and len(data.split("train")) == 1200
+    assert "boxes" in data.split("val").target(0)
+
+
+def test_a_scale_is_chosen_by_name(tmp_path):
+    draw(tmp_path / "HR/a.png", size=(24, 16))
+    draw(tmp_path / "LR_bicubic_x2/a.png", size=(12, 8))
+    draw(tmp_path / "LR_bicubic_x4/a.png", size=(6, 4))
+    assert read(tmp_path, degraded="x4").splits["all"].image(0).size == (6, 4)
+    draw(tmp_path / "flat/a.png")
+    with pytest.raises(UsageError, match="degraded= means nothing"):
+        read(tmp_path / "flat", degraded="x4")
 
 
 def test_nothing_recognised_says_what_was_looked_for_and_found(tmp_path):

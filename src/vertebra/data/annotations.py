@@ -16,6 +16,7 @@ keypoints       (N, K, 3) float32: x, y, visibility (0, 1, 2)                obj
 semantic        tv_tensors.Mask (H, W) int64, `IGNORE` where nothing counts  semantic and panoptic masks
 panoptic        tv_tensors.Mask (H, W) int64 segment numbers, 0 is void      panoptic masks
 segments        (S,) int64 the numbers, `segment_labels` (S,) their classes  panoptic masks
+segment_crowd   (S,) bool: a region of many, ignored by PQ                   panoptic masks
 points          (N, 2) float32 x, y                                          counting
 clean           tv_tensors.Image (C, H, W) uint8                             pairs
 captions        tuple of str                                                 image-text
@@ -91,19 +92,34 @@ class Outlines:
 
     def mask(self, index: int, height: int, width: int) -> np.ndarray:
         """The mask of object `index`, (height, width) bool; all False where it has no outline."""
+        return self.masks([index], height, width)[0]
+
+    def masks(self, objects: Sequence[int], height: int, width: int) -> np.ndarray:
+        """The masks of the objects of one image, (N, height, width) bool; polygons are filled as COCO fills them."""
+        found = np.zeros((len(objects), height, width), dtype=bool)
+        for place, counts in enumerate(self._filled(objects, height, width)):
+            _paint(found[place], counts)
+        return found
+
+    def _filled(self, objects: Sequence[int], height: int, width: int) -> list[np.ndarray]:
+        """Run lengths of each object, its polygons filled."""
         from faster_coco_eval.core import mask
 
-        counts, polygons = self.run_lengths(index), self.polygons(index)
-        if len(counts):
-            ends = np.cumsum(counts.astype(np.int64))
-            filled = np.zeros(height * width + 1, dtype=np.int8)
-            np.add.at(filled, ends[:-1:2], 1)  # runs of 1 start where runs of 0 end
-            np.add.at(filled, ends[1::2], -1)
-            return np.cumsum(filled[:-1], dtype=np.int8).astype(bool).reshape(width, height).T
-        if not polygons:
-            return np.zeros((height, width), dtype=bool)
-        encoded = mask.frPyObjects([polygon.ravel().tolist() for polygon in polygons], height, width)
-        return mask.decode(mask.merge(encoded)).astype(bool)
+        from vertebra.data.segmentations import decode_runs
+
+        runs = [self.run_lengths(index) for index in objects]
+        traced, texts = [], []
+        for place, index in enumerate(objects):
+            polygons = [] if len(runs[place]) else [one for one in self.polygons(index) if len(one) >= 3]
+            if polygons:  # of two corners each they would be read as boxes
+                encoded: Any = mask.frPyObjects([one.ravel().tolist() for one in polygons], height, width)
+                text = mask.merge(encoded)["counts"]
+                traced.append(place)
+                texts.append(text if isinstance(text, bytes) else text.encode())
+        first, counts, _ = decode_runs(texts)
+        for number, place in enumerate(traced):
+            runs[place] = counts[first[number] : first[number + 1]]
+        return runs
 
     def select(self, objects: np.ndarray) -> "Outlines":
         """Those of the objects at `objects`, in that order."""
@@ -175,23 +191,21 @@ class Objects(Annotations):
         """Masks (N, H, W) bool of the objects of image `index`."""
         height, width = map(int, self.sizes[index])
         rows = self.rows(index)
-        found = np.zeros((rows.stop - rows.start, height, width), dtype=bool)
-        if self.outlines is not None:
-            for place, row in enumerate(range(rows.start, rows.stop)):
-                found[place] = self.outlines.mask(row, height, width)
-        return found
+        if self.outlines is None:
+            return np.zeros((rows.stop - rows.start, height, width), dtype=bool)
+        return self.outlines.masks(range(rows.start, rows.stop), height, width)
 
     def target(self, index: int) -> dict[str, Any]:
         import torch
         from torchvision import tv_tensors
 
         rows, size = self.rows(index), tuple(map(int, self.sizes[index]))
-        boxes = torch.from_numpy(self.boxes[rows].astype(np.float32))
+        boxes = torch.from_numpy(self.boxes[rows].astype(np.float32))  # copies, so that views may change them
         found: dict[str, Any] = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),  # type: ignore[call-overload]
-            "labels": torch.from_numpy(self.labels[rows]),
-            "crowd": torch.from_numpy(self.crowd[rows]),
-            "difficult": torch.from_numpy(self.difficult[rows]),
+            "labels": torch.from_numpy(self.labels[rows].copy()),
+            "crowd": torch.from_numpy(self.crowd[rows].copy()),
+            "difficult": torch.from_numpy(self.difficult[rows].copy()),
             "area": torch.from_numpy(self.area[rows].astype(np.float32)),
         }
         if self.outlines is not None:
@@ -228,6 +242,26 @@ class Objects(Annotations):
 def starts(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     """Where runs of these lengths start, and after them the end of the last one, (n + 1,) int64."""
     return np.concatenate([[0], np.cumsum(np.asarray(lengths, dtype=np.int64))]).astype(np.int64)
+
+
+def _paint(mask: np.ndarray, counts: np.ndarray) -> None:
+    """Set what runs down the columns cover in a mask (H, W) that is all False: only within their bounds."""
+    height = len(mask)
+    ends = np.cumsum(counts.astype(np.int64))
+    start, stop = ends[:-1:2], ends[1::2]
+    start, stop = start[stop > start], stop[stop > start]
+    if not len(start):
+        return
+    first = start // height
+    columns = (stop - 1) // height - first + 1  # a run over the bottom goes on at the top of the next column
+    column = np.arange(columns.sum()) - np.repeat(np.cumsum(columns) - columns - first, columns)
+    top = np.maximum(np.repeat(start, columns) - column * height, 0)
+    bottom = np.minimum(np.repeat(stop, columns) - column * height, height)
+    upper, lower, left, right = top.min(), bottom.max(), column[0], column[-1] + 1
+    edges = np.zeros((lower - upper + 1, right - left), dtype=np.int8)
+    np.add.at(edges, (top - upper, column - left), 1)
+    np.add.at(edges, (bottom - upper, column - left), -1)
+    mask[upper:lower, left:right] = np.cumsum(edges[:-1], axis=0, dtype=np.int8)
 
 
 def _taken(first: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

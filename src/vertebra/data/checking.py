@@ -16,6 +16,18 @@ tiny-images            warning    images with a side under 32 pixels
 note                   warning    what the reader had to say
 =====================  =========  ==================================================================
 
+Of boxes and keypoints, the kinds of `vertebra.data.geometry` besides; and of other annotations
+
+=====================  =========  ==================================================================
+mask                   defect     a mask of another size, or with a value that is no class
+panoptic               defect     a PNG and its json disagree
+pair                   defect     a clean image that does not fit its degraded one
+video                  defect     a clip that cannot be decoded, or frames that are missing
+mask-turned            warning    an image with an EXIF turn whose mask may not be turned
+video-cut              warning    a clip that ends before its header says
+caption-shared         warning    images of two splits with one caption
+=====================  =========  ==================================================================
+
 Equal means: equal pixels after decoding at 256 pixels or more. Almost equal means: the differences between
 neighbours of the 16 x 16 pixel grey thumbnails correlate by 0.93 or more. Re-encoding, resizing and brightness
 leave 0.95 and more; different photographs of one kind of object, up to 0.88 (clothing10, PACS). Images under 32
@@ -28,7 +40,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -50,7 +62,7 @@ class Finding:
     """One thing that is wrong.
 
     Attributes:
-        kind: one of the kinds in the table of `vertebra.data.checking`.
+        kind: one of the kinds in the tables of `vertebra.data.checking` and `vertebra.data.geometry`.
         where: the image, class or split.
         message: what is wrong with it.
     """
@@ -96,6 +108,7 @@ class _Look(NamedTuple):
     pixels: bytes = b""
     edges: np.ndarray | None = None
     side: int = 0
+    whole: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +121,7 @@ class _Seen:
         pixels: a digest of the pixels an image.
         edges: (n, 480) float16, signatures; zero where an image is too small or blank for one.
         sides: (n,) shorter sides in pixels.
+        sizes: (n, 2) height and width as shown.
     """
 
     split: Split
@@ -115,6 +129,7 @@ class _Seen:
     pixels: list[bytes]
     edges: np.ndarray
     sides: np.ndarray
+    sizes: np.ndarray
 
 
 def check(dataset: Dataset, workers: int | None = None) -> CheckReport:
@@ -124,12 +139,20 @@ def check(dataset: Dataset, workers: int | None = None) -> CheckReport:
         dataset: the data, as `vertebra.data.read` returns it.
         workers: threads that decode; one a processor where not given.
     """
+    from vertebra.data import geometry  # which needs Finding from here
+
     start = time.perf_counter()
+    annotated = [finding for split in dataset.splits.values() for finding in _annotated(split)]
+    if any(finding.kind in UNCOUNTABLE for finding in annotated):
+        dataset = _without_targets(dataset)
     seen = [_see(split, workers) for split in dataset.splits.values()]
+    annotated += [finding for one in seen for finding in geometry.faults(one.split, one.sizes)]
+    wrong = {*geometry.DEFECTS, *DEFECTS}
     defects = [
         *(Finding("unreadable", name, reason) for one in seen for name, reason in one.bad),
         *_across(seen),
         *_one_class(dataset),
+        *(finding for finding in annotated if finding.kind in wrong),
     ]
     warnings = [
         *_near_across(seen),
@@ -137,6 +160,7 @@ def check(dataset: Dataset, workers: int | None = None) -> CheckReport:
         *_two_labels(seen),
         *_class_sizes(dataset),
         *(finding for one in seen for finding in _tiny(one)),
+        *(finding for finding in annotated if finding.kind not in wrong),
         *(Finding("note", dataset.path, note) for note in dataset.notes),
     ]
     counts = {name: _counts(split) for name, split in dataset.splits.items()}
@@ -145,6 +169,29 @@ def check(dataset: Dataset, workers: int | None = None) -> CheckReport:
     return CheckReport(
         dataset.path, dataset.layout, dataset.label, tuple(defects), tuple(warnings), counts, images, seconds
     )
+
+
+DEFECTS = ("mask", "panoptic", "pair", "video")
+"""Kinds of faults of annotations that make results wrong."""
+UNCOUNTABLE = ("mask", "panoptic")
+"""Kinds after which it cannot be said what classes an image shows."""
+
+
+def _annotated(split: Split) -> Iterator[Finding]:
+    """What is wrong with masks, pairs, words and videos; each module looks for its own."""
+    from vertebra.data import image_text, masks, pairs, panoptic, videos
+
+    for module in (masks, panoptic, pairs, image_text, videos):
+        yield from module.faults(split)
+
+
+def _without_targets(dataset: Dataset) -> Dataset:
+    """The same images without classes, which broken masks do not tell."""
+    splits = {
+        name: Split(split.name, split.classes, split.names, None, split.store, split.rows, split.annotations)
+        for name, split in dataset.splits.items()
+    }
+    return replace(dataset, label="none", splits=splits)
 
 
 def quarantine(split: Split, workers: int | None = None) -> tuple[Split, list[tuple[str, str]]]:
@@ -189,7 +236,8 @@ def _look(split: Split, index: int) -> _Look:
         return _Look(str(error))
     digest = hashlib.blake2b(f"{image.mode}{image.size}".encode(), digest_size=16)
     digest.update(image.tobytes())
-    return _Look("", digest.digest(), signature(image), min(image.size))
+    width, height = image.info.get("whole", image.size)
+    return _Look("", digest.digest(), signature(image), min(image.size), (height, width))
 
 
 def signature(image: Image.Image) -> np.ndarray:
@@ -214,7 +262,8 @@ def _see(split: Split, workers: int | None) -> _Seen:
         -1, 2 * _THUMBNAIL * (_THUMBNAIL - 1)
     )
     sides = np.array([looks[index].side for index in good], dtype=np.int64)
-    return _Seen(split.select(good), bad, [looks[index].pixels for index in good], edges, sides)
+    sizes = np.array([looks[index].whole for index in good], dtype=np.int64).reshape(-1, 2)
+    return _Seen(split.select(good), bad, [looks[index].pixels for index in good], edges, sides, sizes)
 
 
 def _pairs(seen: Sequence[_Seen]) -> Iterator[tuple[_Seen, _Seen]]:

@@ -13,7 +13,7 @@ from PIL import Image
 from vertebra.data.dataset import Dataset, Store
 from vertebra.data.images import IMAGE_SUFFIXES, decode
 from vertebra.data.splits import Found, assemble, split_of
-from vertebra.errors import DataError
+from vertebra.errors import DataError, UsageError
 
 _IGNORED = {"__macosx", "thumbs.db", "desktop.ini"}
 _PLAIN = {"data", "image", "images", "img", "imgs", "jpegimages", "photos", "pictures"}
@@ -267,3 +267,30 @@ def _other_files(top: Folder) -> list[str]:
         return []
     shown = ", ".join(f"{suffix} {count}" for suffix, count in suffixes.most_common(5))
     return [f"left out, as by their suffix they are no images: {shown}"]
+
+
+def write_imagefolder(dataset: Dataset, folder: Path) -> None:
+    """Write `SPLIT/CLASS/x.jpg`, or `CLASS/x.jpg` of data without splits; a class without images is an empty folder.
+
+    Raises:
+        UsageError: not one label an image, a class that is no name of a folder, or the folder is not empty.
+    """
+    from vertebra.data.partners import fresh, place, split_folder, written_names  # which lists with `is_image`
+
+    if dataset.label != "single":
+        raise UsageError(f"{dataset.path} has {dataset.label} labels an image; class folders hold one label each")
+    for name in dataset.classes:
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise UsageError(f"{dataset.path}: the class {name!r} is no name of a folder; rename it")
+    fresh(folder)
+    for split in dataset.splits.values():
+        assert split.targets is not None
+        for name in split.classes:
+            (folder / split_folder(split) / name).mkdir(parents=True, exist_ok=True)
+        names = [Path(name).name for name in written_names(split)]
+        if len(set(names)) < len(names):
+            names = [name.replace("/", "-") for name in written_names(split)]
+        labels = [split.classes[target] for target in split.targets]
+        place(
+            split, folder, [f"{split_folder(split)}{label}/{name}" for label, name in zip(labels, names, strict=True)]
+        )

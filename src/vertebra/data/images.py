@@ -100,7 +100,7 @@ def decode(
     Raises:
         DataError: the image cannot be read; the message names it, the reason and the remedy.
     """
-    limit = _max_pixels() if max_pixels is None else max_pixels
+    limit = pixel_limit() if max_pixels is None else max_pixels
     try:
         with io.BytesIO(data) if isinstance(data, bytes) else data.open("rb") as file:
             return _decode(file, name, least, limit)
@@ -113,7 +113,12 @@ def decode(
         raise DataError(f"{name}: {reason}; the image is damaged: copy or download it again, or remove it") from error
 
 
-def _max_pixels() -> int:
+def pixel_limit() -> int:
+    """Pixels that an image may have: $VERTEBRA_MAX_PIXELS, or `MAX_PIXELS`.
+
+    Raises:
+        UsageError: the variable is no whole number.
+    """
     word = os.environ.get("VERTEBRA_MAX_PIXELS", "")
     if not word:
         return MAX_PIXELS
@@ -123,14 +128,14 @@ def _max_pixels() -> int:
 
 
 def _decode(file: BinaryIO, name: str, least: tuple[int, int] | None, limit: int) -> Image.Image:
-    image = _open(file, name)
+    image = open_header(file, name)
     width, height = image.size
     if width * height > limit:
         raise DataError(
             f"{name}: {width} x {height} pixels are more than the {limit} allowed; "
             "make the image smaller, or raise VERTEBRA_MAX_PIXELS if you trust it"
         )
-    turned = _orientation(image) >= 5
+    turned = orientation(image) >= 5
     if least and image.format == "JPEG":
         height_enough, width_enough = least[::-1] if turned else least  # as it is stored, not as it is shown
         image.draft(None, (max(1, width_enough), max(1, height_enough)))
@@ -141,7 +146,7 @@ def _decode(file: BinaryIO, name: str, least: tuple[int, int] | None, limit: int
     return result
 
 
-def _open(file: BinaryIO, name: str) -> ImageFile.ImageFile:
+def open_header(file: BinaryIO, name: str) -> ImageFile.ImageFile:
     """Read the header; nothing is decoded yet."""
     head = file.read(64)
     file.seek(0)
@@ -170,7 +175,7 @@ def _what(head: bytes) -> str:
     return "is no image that is read (AVIF, BMP, GIF, JPEG, PNG, PPM, TIFF, WebP); convert it to PNG or JPEG"
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
     """EXIF orientation 1..8; 1 (upright) where there is none."""
     try:
         return int(image.getexif().get(Base.Orientation, 1))
@@ -179,7 +184,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    turn = _TURNS.get(_orientation(image))
+    turn = _TURNS.get(orientation(image))
     return image if turn is None else image.transpose(turn)
 
 

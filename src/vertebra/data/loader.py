@@ -501,7 +501,8 @@ class Batches:
         images, *views = (normalised(plane.permute(0, 2, 3, 1), self.preprocess) for plane in planes)
         targets = self._targets(ids)
         if self.band is not None:
-            images = low_frequencies(images, self.band)  # before mixing, which cuts edges into the image
+            # before mixing, which cuts edges into the image
+            images, *views = (low_frequencies(view, self.band) for view in (images, *views))
         if self.views is not None and self.mixes:
             images, targets = mix(images, targets, self.mix_classes, self.views, self.seed, epoch, step, self.strength)
         return Batch(images, targets, torch.from_numpy(ids), tuple(views))

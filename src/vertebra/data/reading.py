@@ -2,21 +2,25 @@
 
 In this order:
 
-1. a brace pattern (`a-{000..003}.tar`) or a file: a tar, a table, a Parquet file with images;
-2. the word `digits`, where no file or folder of that name is: the built-in handwriting;
-3. a folder whose marks are of a layout that is not read yet (boxes, masks, videos): an error that says so;
-4. a Hugging Face dataset: `dataset_dict.json`, or `state.json` with Arrow files, or Parquet with images;
-5. WebDataset: tars;
+1. a brace pattern (`a-{000..003}.tar`) or a file: a tar, a table, a Parquet file with images, the json of COCO boxes
+   or captions, a yaml of YOLO, a video;
+2. the words `digits` and `sprites`, where no file or folder of that name is: the built-in data;
+3. a Hugging Face dataset: `dataset_dict.json`, or `state.json` with Arrow files, or Parquet with images;
+4. WebDataset: tars;
+5. marks of boxes, masks, words, pairs or videos: each layout of `MARKED` looks for its own;
 6. a table called metadata, labels or annotations, or one a split, that names files;
 7. folders with images: one folder a class, below folders for the splits where there are any;
 8. images only: no labels.
 
-Two that hold at once, such as a table beside class folders, are an error that asks; `layout=` answers.
+Two that hold at once, such as a table beside class folders, or boxes beside masks, are an error that asks; `layout=`
+answers.
 """
 
 import os
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from vertebra.data.dataset import Dataset
 from vertebra.data.digits import digits
@@ -27,17 +31,29 @@ from vertebra.data.tables import TABLE_SUFFIXES, find_tables, read_tables
 from vertebra.data.webdataset import expand, find_tars, is_brace_pattern, read_webdataset
 from vertebra.errors import DataError, UsageError, near
 
-LAYOUTS = ("imagefolder", "flat", "table", "huggingface", "webdataset", "digits")
+MARKED = {
+    "panoptic": "panoptic",
+    "coco": "coco",
+    "voc": "voc",
+    "yolo": "yolo",
+    "masks": "masks",
+    "pairs": "pairs",
+    "image_text": "image_text",
+    "videos": "videos",
+}
+"""Layouts of boxes, masks, words, pairs and videos -> the module with `find_LAYOUT` and `read_LAYOUT`."""
+
+LAYOUTS = ("imagefolder", "flat", "table", "huggingface", "webdataset", *MARKED, "digits", "sprites")
 """What `read` can be told to expect."""
 
 READS = (
     "class folders (CLASS/x.jpg or train/CLASS/x.jpg), a folder of images, a table (metadata.csv with file_name and "
-    "label), a Hugging Face dataset (save_to_disk or Parquet), WebDataset tars, or the word digits"
+    "label), a Hugging Face dataset (save_to_disk or Parquet), WebDataset tars, COCO json, VOC xml, YOLO txt, masks, "
+    "panoptic PNGs, pairs for restoration, captions, videos, or the words digits and sprites"
 )
 """What is read, in words, for messages."""
 
 _ARCHIVES = {".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"}
-_VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm"}
 
 
 def read(
@@ -46,16 +62,19 @@ def read(
     layout: str | None = None,
     images: str | None = None,
     labels: str | None = None,
+    degraded: str | None = None,
     on_error: OnError = "raise",
 ) -> Dataset:
     """Read the dataset at `path`: names, targets and classes now, pixels when they are asked for.
 
     Args:
-        path: a folder, a table, a tar, a brace pattern of tars, or "digits" for the built-in handwriting.
+        path: a folder, a table, a tar, a brace pattern of tars, a json of COCO, a yaml of YOLO, a video, or "digits"
+            or "sprites" for what is built in.
         layout: one of `LAYOUTS`, where more than one would do.
         images: column (table, huggingface) or member (webdataset) of the images, where the usual names do
             not tell.
         labels: column, member or json field of the labels, likewise.
+        degraded: folder of the degraded images (pairs), where there are several, such as "LR_bicubic_x2".
         on_error: what becomes of entries that cannot be used, such as rows whose file is missing: "raise", or
             "skip" with a note. Images that cannot be decoded show later: see `vertebra.data.checking`.
 
@@ -66,19 +85,34 @@ def read(
     """
     path = os.fspath(path)
     _check_options(layout, on_error)
-    if layout == "digits" or (path == "digits" and not Path(path).exists()):
-        dataset = digits()
+    if (word := layout or path) in BUILT_IN and (layout or not Path(path).exists()):
+        dataset = _built_in(word)
     elif is_brace_pattern(path):
         dataset = read_webdataset(path, {"all": expand(path)}, images=images, labels=labels, on_error=on_error)
     elif Path(path).is_dir():
-        dataset = _read_folder(path, layout, images, labels, on_error)
+        dataset = _read_folder(path, layout, images, labels, degraded, on_error)
     else:
-        dataset = _read_file(path, images, labels, on_error)
+        dataset = _read_file(path, layout, images, labels, on_error)
     if layout not in (None, dataset.layout):
         raise UsageError(f"{path} is read as {dataset.layout}, not as {layout}; leave layout= out")
-    if dataset.layout in ("imagefolder", "flat", "digits") and (images or labels):
+    if dataset.layout not in COLUMNED and (images or labels):
         raise UsageError(f"{path} is read as {dataset.layout}, where images= and labels= mean nothing; leave them out")
+    if dataset.layout != "pairs" and degraded:
+        raise UsageError(f"{path} is read as {dataset.layout}, where degraded= means nothing; leave it out")
     return dataset
+
+
+BUILT_IN = ("digits", "sprites")
+COLUMNED = ("table", "huggingface", "webdataset")
+"""Layouts in which images and labels have names that can be told."""
+
+
+def _built_in(word: str) -> Dataset:
+    if word == "digits":
+        return digits()
+    from vertebra.data.sprites import sprites
+
+    return sprites(objects=1)  # one class an image, so that it can be battled; boxes and masks come with it
 
 
 def _check_options(layout: str | None, on_error: str) -> None:
@@ -88,7 +122,7 @@ def _check_options(layout: str | None, on_error: str) -> None:
         raise UsageError(f"on_error is {on_error!r}; it can be raise or skip")
 
 
-def _read_file(path: str, images: str | None, labels: str | None, on_error: OnError) -> Dataset:
+def _read_file(path: str, layout: str | None, images: str | None, labels: str | None, on_error: OnError) -> Dataset:
     file = Path(path)
     if not file.exists():
         siblings = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
@@ -98,6 +132,8 @@ def _read_file(path: str, images: str | None, labels: str | None, on_error: OnEr
         return read_webdataset(path, {"all": [file]}, images=images, labels=labels, on_error=on_error)
     if suffix == ".parquet" and holds_images(file):
         return read_huggingface(path, file.parent, {"all": [file]}, images=images, labels=labels, on_error=on_error)
+    if dataset := _read_marked_file(path, file, layout, on_error):
+        return dataset
     if suffix in TABLE_SUFFIXES:
         return read_tables(path, file.parent, {"": file}, images=images, labels=labels, on_error=on_error)
     if suffix in _ARCHIVES:
@@ -107,18 +143,15 @@ def _read_file(path: str, images: str | None, labels: str | None, on_error: OnEr
     )
 
 
-def _read_folder(path: str, layout: str | None, images: str | None, labels: str | None, on_error: OnError) -> Dataset:
+def _read_folder(
+    path: str, layout: str | None, images: str | None, labels: str | None, degraded: str | None, on_error: OnError
+) -> Dataset:
     root = Path(path)
     top, notes = list_folder(root)
     if layout == "imagefolder":
         return read_imagefolder(path, top, notes, certain=True)
     if layout == "flat":
         return read_flat(path, top, notes)
-    if layout is None and (mark := _not_read_yet(top)):
-        raise DataError(
-            f"{path} looks like {mark}, which is not read yet; read are {READS}. "
-            "If it is one of these, say so: layout='imagefolder'"
-        )
     choice = {"images": images, "labels": labels, "on_error": on_error, "notes": notes}
     if layout in (None, "huggingface") and (shards := find_shards(root, top)):
         _refuse_both(path, layout, sorted(top.filled) or top.images, shards)
@@ -126,11 +159,18 @@ def _read_folder(path: str, layout: str | None, images: str | None, labels: str 
     if layout in (None, "webdataset") and (tars := find_tars(root, top)):
         _refuse_both(path, layout, sorted(top.filled) or top.images, tars)
         return read_webdataset(path, tars, **choice)
+    if layout in (None, *MARKED) and (dataset := _read_marked(path, root, top, layout, degraded, on_error, notes)):
+        return dataset
     if layout in (None, "table") and (tables := find_tables(root, top)):
         _refuse_both(path, layout, _class_folders(top), {split: [table] for split, table in tables.items()})
         return read_tables(path, root, tables, **choice)
     if layout:
         raise DataError(f"{path} has no files of the layout {layout}; it has {_content(top)}")
+    if layout is None and (file := _unclaimed(top)):
+        raise DataError(
+            f"{path}: {file} is called as annotations are and holds none that are read (is it whole?); mend it, or say "
+            "layout='imagefolder' or layout='flat' to leave it out"
+        )
     if not top.count:
         raise DataError(f"{path}: nothing that is read; looked for {READS}; found {_content(top)}")
     return read_imagefolder(path, top, notes) if _has_classes(top) else read_flat(path, top, notes)
@@ -157,37 +197,54 @@ def _refuse_both(path: str, layout: str | None, images: Sequence[str], files: Ma
         )
 
 
-def _not_read_yet(top: Folder) -> str | None:
-    """The layout whose marks a folder bears, where it is one that this version does not read."""
-    names = {name.lower() for name in top.filled}
-    if "images" in names and names & {"masks", "mask", "annotations", "labels", "segmentation", "gt"}:
-        return "images with masks"
-    if "jpegimages" in names and names & {"segmentationclass", "segmentationobject"}:
-        return "VOC masks"
-    if {"gt", "lq"} <= names or ("hr" in names and any(name.startswith("lr") for name in names)):
-        return "pairs for restoration"
+def _read_marked(
+    path: str, root: Path, top: Folder, layout: str | None, degraded: str | None, on_error: OnError, notes: list[str]
+) -> Dataset | None:
+    """The dataset by the one layout of `MARKED` that finds its marks; None where none does.
+
+    Raises:
+        DataError: more than one does, and `layout` does not say which.
+    """
+    found = {}
+    for name in MARKED if layout is None else (layout,):
+        sure = {"certain": True} if name == layout == "videos" else {}
+        plan = _of(name, "find")(root, top, **sure)
+        if plan is not None:
+            found[name] = plan
+    if len(found) > 1:
+        raise DataError(f"{path} can be read as {' and as '.join(found)}; say which: layout='{next(iter(found))}'")
+    for name, plan in found.items():
+        options = {"degraded": degraded} if name == "pairs" else {}
+        return _of(name, "read")(path, root, plan, on_error=on_error, notes=notes, **options)
+    return None
+
+
+def _read_marked_file(path: str, file: Path, layout: str | None, on_error: OnError) -> Dataset | None:
+    """The dataset that a json, a yaml or a video is; None where it is of no layout of `MARKED`."""
+    for name in MARKED if layout is None else (layout,):
+        find = getattr(_module(name), f"{name}_file", None) if name in MARKED else None
+        if find and (found := find(file)):
+            root, plan = found
+            return _of(name, "read")(path, root, plan, on_error=on_error)
+    return None
+
+
+def _module(layout: str) -> Any:
+    return import_module(f"vertebra.data.{MARKED[layout]}")
+
+
+def _of(layout: str, what: str) -> Any:
+    """`find_LAYOUT` or `read_LAYOUT`; the module is not imported before a folder needs it."""
+    return getattr(_module(layout), f"{what}_{layout}")
+
+
+def _unclaimed(top: Folder) -> str | None:
+    """A file that is named as annotations are, after every layout has passed it by."""
     for folder in top.walk():
-        if mark := _mark(folder):
-            return mark
-    videos = [name for folder in top.walk() for name in folder.others if Path(name).suffix.lower() in _VIDEOS]
-    return f"videos ({videos[0]})" if videos and not top.count else None
-
-
-def _mark(folder: Folder) -> str | None:
-    """The mark that a folder's files bear."""
-    name = folder.path.rstrip("/").rpartition("/")[2].lower()
-    for file in folder.others:
-        stem, _, suffix = file.lower().rpartition(".")
-        if suffix == "json" and (
-            name == "annotations" or stem.startswith(("instances", "_annotations", "annotations"))
-        ):
-            return f"COCO boxes or masks ({folder.path}{file})"
-        if suffix == "xml" and (name == "annotations" or folder.images):
-            return f"VOC boxes ({folder.path}{file})"
-        if (suffix == "txt" and name == "labels") or (suffix in ("yaml", "yml") and stem in ("data", "dataset")):
-            return f"YOLO boxes ({folder.path}{file})"
-        if file.lower() == "captions.json":
-            return f"images with captions ({folder.path}{file})"
+        for name in folder.others:
+            stem, _, suffix = name.lower().rpartition(".")
+            if suffix == "json" and stem.lstrip("_").startswith(("instances", "annotations", "panoptic", "captions")):
+                return folder.path + name
     return None
 
 

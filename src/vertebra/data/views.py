@@ -199,7 +199,8 @@ def _coloured(
     if views.policy != "none":
         image = _policy(image, views.policy, random, strength * policy)
     if (views.jitter or views.hue) and (views.jitter_chance == 1 or random.random() < views.jitter_chance):
-        image = _jitter(image, views.jitter * strength, random)
+        if views.jitter:
+            image = _jitter(image, views.jitter * strength, random)
         if views.hue and image.mode == "RGB":
             image = _turned(image, views.hue * strength, random)
     if views.grey and random.random() < views.grey * strength:
