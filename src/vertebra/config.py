@@ -302,3 +302,30 @@ def parse_value(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
+
+
+def split_address(text: str) -> tuple[str, dict[str, Any]]:
+    """`address?option=value&option=value` as the address and its options.
+
+    Raises:
+        UsageError: an option without a value.
+    """
+    address, _, query = text.partition("?")
+    return address, dict(_option(text, part) for part in query.split("&") if part)
+
+
+def _option(text: str, part: str) -> tuple[str, Any]:
+    name, equals, value = part.partition("=")
+    if not equals:
+        raise UsageError(f"{text}: option {part!r} has no value; write address?option=value&option=value")
+    return name, parse_value(value)
+
+
+def spec_of(text: str, kind: str = "backbones") -> Spec:
+    """The spec that a user writes as `address` or `address?option=value&option=value`.
+
+    Raises:
+        UsageError: an unknown address or option, or an option without a value.
+    """
+    address, options = split_address(text)
+    return Spec(address, options, kind)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from vertebra.config import parse_value
+from vertebra.config import split_address
 from vertebra.contracts import Backbone
 from vertebra.data.dataset import Dataset
 from vertebra.errors import UsageError, near
@@ -138,23 +138,6 @@ def _one(text: str | Spec, weights: Mapping[str, str], general: Mapping[str, Any
 def _takes(spec: Spec, option: str) -> bool:
     known = options_of(spec.resolve()[0])
     return option in known or "" in known
-
-
-def split_address(text: str) -> tuple[str, dict[str, Any]]:
-    """`address?option=value&option=value` as the address and its options.
-
-    Raises:
-        UsageError: an option without a value.
-    """
-    address, _, query = text.partition("?")
-    return address, dict(_option(text, part) for part in query.split("&") if part)
-
-
-def _option(text: str, part: str) -> tuple[str, Any]:
-    name, equals, value = part.partition("=")
-    if not equals:
-        raise UsageError(f"{text}: option {part!r} has no value; write address?option=value&option=value")
-    return name, parse_value(value)
 
 
 def _full_name(contender: Contender) -> Contender:

@@ -21,14 +21,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, TypedDict, Unpack
 
-from vertebra.battle.contenders import Contender, defaults, parse, scratch_size, split_address
+from vertebra.battle.contenders import Contender, defaults, parse, scratch_size
 from vertebra.battle.pools import Pool, RayCluster, local_pool
 from vertebra.battle.preparation import examined, prepare
 from vertebra.battle.quantities import MEGABYTES, MILLIONS, MILLISECONDS, SECONDS, amount
 from vertebra.battle.ranking import Constraints, Ranking
 from vertebra.battle.running import Contest
 from vertebra.battle.settings import Settings
-from vertebra.config import to_json
+from vertebra.config import split_address, to_json
 from vertebra.data import read
 from vertebra.data.dataset import Dataset
 from vertebra.errors import Interrupted, Preempted, UsageError, near

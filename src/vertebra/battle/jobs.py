@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Literal, cast
 from urllib.parse import quote
 
 import torch
@@ -28,6 +28,7 @@ from vertebra.probes.evidence import Evidence
 from vertebra.recipes import epochs_for
 from vertebra.recipes.scratch import scratch
 from vertebra.spec import Spec
+from vertebra.tasks.classify import Classify
 from vertebra.training import checkpoint
 from vertebra.training.loop import fit, random_states_kept
 from vertebra.training.running import Material, build, documents
@@ -177,19 +178,18 @@ def _trained(job: Job) -> tuple[Backbone, nn.Module]:
     material = Material(job.data, job.data.split("train"), job.data.split("val"), job.data.label == "multi", ())
     run = scratch(job.data.path, job.contender.spec, len(material.train))
     run = replace(run, plan=_shortened(run.plan, job, len(material.train)))
-    model = build(run, material)
+    method = build(run, material)
+    assert isinstance(method, Supervised)  # the recipe names no other
     folder = job.run_dir / "trained" / f"{quote(job.contender.name, safe='')}-{job.seed}" / "checkpoints"
     if (folder / "last").exists():
-        model.load_state_dict(checkpoint.load(folder / "last", only=("model",)).tensors["model"])
+        method.load_state_dict(checkpoint.load(folder / "last", only=("model",)).tensors["model"])
     else:
-        preprocess, plan = model.backbone.preprocess, run.plan
+        preprocess, plan = method.backbone.preprocess, run.plan
         feed = {"batch": plan.batch, "seed": plan.seed, "workers": 0, "on_error": job.on_error}
-        history = fit(
-            Supervised(model), Batches(material.train, preprocess, views=plan.views, **feed), plan, device=device()
-        )
-        tensors, state = {"model": model.state_dict()}, {"step": history.step, "epoch": job.epochs}
-        checkpoint.save(folder, checkpoint.Checkpoint(tensors, state, documents(run, model)), best=True)
-    return model.backbone, model.head.to(device()).eval()
+        history = fit(method, Batches(material.train, preprocess, views=plan.views, **feed), plan, device=device())
+        tensors, state = {"model": method.state_dict()}, {"step": history.step, "epoch": job.epochs}
+        checkpoint.save(folder, checkpoint.Checkpoint(tensors, state, documents(run, method)), best=True)
+    return method.backbone, cast(Classify, method.task_model).head.to(device()).eval()
 
 
 def _shortened(plan: Plan, job: Job, images: int) -> Plan:

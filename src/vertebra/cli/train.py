@@ -3,13 +3,14 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from vertebra.cli import options
-from vertebra.config import Run, edit, to_json
+from vertebra.config import Run, edit, spec_of, to_json
 from vertebra.spec import Spec
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 @click.argument("data")
 @click.option("-m", "--backbone", "--model", required=True, help="page/variant, timm/NAME or module:callable.")
 @click.option("--recipe", help="finetune or scratch, or another module of vertebra.recipes; default: by the weights.")
+@click.option("--curriculum", help="What is seen when: a page of curricula, as efficienttrain or efficienttrain/plus.")
+@click.option("--adapter", help="Few new parameters on a frozen backbone: a page of adapters, as frozen or lora.")
 @click.option("--epochs", type=int, help="Passes over the training images.")
 @click.option("--lr", type=float, help="Peak learning rate.")
 @click.option("-b", "--batch-size", type=int, help="Images a step, over all ranks.")
@@ -46,6 +49,8 @@ def command(
     data: str,
     backbone: str,
     recipe: str | None,
+    curriculum: str | None,
+    adapter: str | None,
     pretrained: bool | None,
     weights: str | None,
     name: str | None,
@@ -63,7 +68,7 @@ def command(
 
     DATA is what `vertebra check` reads: a folder a class, with or without train/val/test, a table, or `digits`.
     """
-    spec = Spec(backbone)
+    spec = spec_of(backbone)
     from vertebra import recipes
     from vertebra.data import read
     from vertebra.training import rundir, running
@@ -74,10 +79,14 @@ def command(
         spec = running.pretrained(spec, pretrained)
     if weights:
         spec = Spec(spec.address, {**spec.options, "weights": weights})
-    spec = edit(Run(data=data, backbone=spec), edits).backbone  # its weights choose the recipe
+    pages: dict[str, Any] = {
+        "curriculum": spec_of(curriculum, "curricula") if curriculum else None,
+        "adapter": spec_of(adapter, "adapters") if adapter else None,
+    }
+    spec = edit(Run(data=data, backbone=spec, **pages), edits).backbone  # its weights choose the recipe
     dataset = read(data)
     count = len(running.material(dataset).train)
-    run = edit(running.propose(data, spec, count, recipe), [*_assignments(flags), *edits])
+    run = edit(replace(running.propose(data, spec, count, recipe), **pages), [*assignments(flags), *edits])
     material = running.material(dataset, task=run.task, seed=run.plan.seed)
     running.check(run, material, device)
     if print_config:
@@ -100,7 +109,7 @@ def command(
         click.echo(json.dumps(summary(history, folder)) if as_json else summary_text(history, folder))
 
 
-def _assignments(flags: dict[str, Any]) -> list[str]:
+def assignments(flags: dict[str, Any]) -> list[str]:
     """Flags as `--set` edits; those not given leave the recipe's value."""
     fields = {"batch_size": "plan.batch", "img_size": "image_size", "on_error": "on_error"}
     return [f"{fields.get(flag, f'plan.{flag}')}={value}" for flag, value in flags.items() if value is not None]

@@ -14,13 +14,16 @@ from vertebra.contracts import Backbone, Method
 from vertebra.errors import UsageError, near
 
 FUSED_DEVICES = ("cpu", "cuda", "mps")
+LAYER_ADAPTIVE = frozenset({"lars", "larc", "nlars", "nlarc"})
+"""Optimisers whose rate follows the norms of each weight; timm leaves that to weights that decay."""
 
 
 def optimizer_for(method: Method, plan: Plan) -> Optimizer:
     """The plan's optimiser over the parameters of `method` that require a gradient.
 
     Weights of rank 2 and more decay; biases, norms and scales do not. With `layer_decay` a part's rate is
-    the head's times `layer_decay` for each part between it and the head.
+    the head's times `layer_decay` for each part between it and the head. LARS (arXiv 1708.03888) adapts the rate of
+    what may decay, whether or not the plan has it decay, and leaves the rest to plain momentum.
 
     Raises:
         UsageError: an unknown optimiser, one that refuses the plan's options, or nothing left to train.
@@ -29,6 +32,9 @@ def optimizer_for(method: Method, plan: Plan) -> Optimizer:
     groups = parameter_groups(method, plan)
     if not groups:
         raise UsageError(f"plan.freeze is {plan.freeze} and leaves no parameter to train; freeze fewer parts")
+    if plan.optimizer.lower() in LAYER_ADAPTIVE:
+        for group in groups:
+            group["always_adapt"] = group["params"][0].ndim >= 2
     # timm filters and decays by name and by its own modules; our groups are complete, so it is told to do neither
     return create_optimizer_v2(
         groups,

@@ -9,15 +9,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vertebra import recipes
-from vertebra.config import Run, edit, from_json, to_json
-from vertebra.contracts import Backbone, Preprocess
+from vertebra.config import Run, from_json, to_json
+from vertebra.contracts import Backbone, Method, Preprocess
 from vertebra.data import read
 from vertebra.data.dataset import Dataset, Split, stratified
 from vertebra.data.loader import Batches
@@ -26,9 +26,9 @@ from vertebra.methods.supervised import Supervised
 from vertebra.paper import find_page
 from vertebra.spec import Spec, options_of
 from vertebra.tasks.classify import Classify, classify
-from vertebra.training import rundir
+from vertebra.training import pretraining, rundir
 from vertebra.training.launching import device_of
-from vertebra.training.loop import History, Meter, evaluate, fit, random_states_kept
+from vertebra.training.loop import Evaluation, History, Meter, evaluate, fit, random_states_kept
 from vertebra.training.optimizers import check_optimizer
 from vertebra.training.speed import resolve
 
@@ -41,7 +41,18 @@ KEEPS_EXACTNESS = frozenset({"plan.workers", "plan.checkpoint_every", "plan.eval
 """Fields that may change on resume and leave the weights what they would have been."""
 
 FIXED = frozenset(
-    {"data", "backbone", "task", "image_size", "plan.batch", "plan.optimizer", "plan.freeze", "plan.layer_decay"}
+    {
+        "data",
+        "backbone",
+        "adapter",
+        "method",
+        "task",
+        "image_size",
+        "plan.batch",
+        "plan.optimizer",
+        "plan.freeze",
+        "plan.layer_decay",
+    }
 )
 """Fields that a checkpoint's contents hang on; a resumed run cannot change them."""
 
@@ -53,7 +64,7 @@ class Material:
     Attributes:
         dataset: as it was read.
         train: images to train on.
-        val: images that decide which checkpoint is best.
+        val: images that decide which checkpoint is best; none where no label can.
         multi: many labels an image.
         notes: what a reader should know, such as a val split that was held out here.
     """
@@ -65,22 +76,29 @@ class Material:
     notes: tuple[str, ...]
 
 
-def material(dataset: Dataset, *, task: str = "auto", seed: int = 0) -> Material:
+def material(
+    dataset: Dataset, *, task: str = "auto", seed: int = 0, labels: Literal["needed", "optional"] = "needed"
+) -> Material:
     """Split a data set for training; what cannot be trained on is refused here.
+
+    Args:
+        dataset: as it was read.
+        task: one label an image, many, or whatever the data says.
+        seed: of what is held out.
+        labels: where they are optional, images of one class, of many labels each or of none are all trained on.
 
     Raises:
         DataError: no labels, one class only, no images to train on, or labels of the other kind than `task`.
     """
+    if labels == "optional" and not pretraining.tells_classes(dataset):
+        return _unlabelled(dataset)
     if dataset.label == "none":
         raise DataError(
             f"{dataset.path} has no labels ({dataset.layout}); a classifier needs a folder a class, or a table"
         )
     if task not in ("auto", dataset.label):
         raise DataError(f"task is {task!r} and {dataset.path} has {dataset.label}-label targets")
-    names = [name for name in ("train", "all") if name in dataset.splits]
-    if not names:
-        raise DataError(f"{dataset.path} has no train split; it has {', '.join(dataset.splits)}")
-    train, multi = dataset.splits[names[0]], dataset.label == "multi"
+    train, multi = pretraining.train_split(dataset), dataset.label == "multi"
     seen = int((train.counts > 0).sum())
     if not multi and seen < 2:
         raise DataError(f"{dataset.path}: {train.name} has images of {seen} class; training needs at least 2")
@@ -96,6 +114,12 @@ def material(dataset: Dataset, *, task: str = "auto", seed: int = 0) -> Material
     return Material(dataset, train, val, multi, tuple(notes))
 
 
+def _unlabelled(dataset: Dataset) -> Material:
+    train = pretraining.train_split(dataset)
+    notes = (*dataset.notes, "no classes to judge by: the loss alone is watched")
+    return Material(dataset, train, train.select([], "val"), dataset.label == "multi", notes)
+
+
 def _held_out(split: Split, seed: int) -> tuple[Split, Split]:
     assert split.targets is not None
     held, kept = stratified(split.targets, (VAL_SHARE,), seed)
@@ -108,10 +132,13 @@ def propose(data: str, backbone: Spec, images: int, recipe: str | None = None) -
     """The run that a recipe makes; without a name, `finetune` for pretrained weights and `scratch` for random ones.
 
     Raises:
-        UsageError: no such recipe.
+        UsageError: no such recipe, or one of a method.
     """
     name = recipe or ("finetune" if has_weights(backbone) else "scratch")
-    return recipes.find(name)(data, backbone, images)
+    run = recipes.find(name)(data, backbone, images)
+    if run.method is not None:
+        raise UsageError(f"recipe {name!r} pretrains and takes no labels: vertebra pretrain --method {name}")
+    return run
 
 
 def has_weights(backbone: Spec) -> bool:
@@ -161,8 +188,8 @@ def check(run: Run, data: Material, device: str) -> None:
             raise UsageError(f"{run.backbone.address} takes no image_size; leave --img-size out")
 
 
-def build(run: Run, data: Material) -> Classify:
-    """The classifier of a run, with seeded random parts.
+def build(run: Run, data: Material) -> Method:
+    """What a run minimises, with seeded random parts: a method around its backbone, or a classifier.
 
     Raises:
         VertebraError: the backbone cannot be built; its factory says why.
@@ -170,6 +197,14 @@ def build(run: Run, data: Material) -> Classify:
     size = {} if run.image_size is None else {"image_size": run.image_size}
     torch.manual_seed(run.plan.seed)
     backbone = replace(run.backbone, options={**run.backbone.options, **size}).build()
+    if run.adapter is not None:
+        backbone = run.adapter.build(backbone)
+    if run.method is not None:
+        return run.method.build(backbone)
+    return Supervised(_classifier(run, data, backbone))
+
+
+def _classifier(run: Run, data: Material, backbone: Backbone) -> Classify:
     return classify(
         backbone,
         data.train.classes,
@@ -209,25 +244,26 @@ def train(
         UsageError: the run cannot be done with this backbone or on this machine, or `run_dir` holds another.
         VertebraError: as `fit` raises.
     """
-    data = data or material(read(run.data), task=run.task, seed=run.plan.seed)
+    data = data or material_of(run)
     check(run, data, device)
     with random_states_kept():
-        model = build(run, data)
+        method = build(run, data)
     # written out in run.json, so that the run goes on as it began
-    run = replace(run, plan=replace(run.plan, precision=resolve(run.plan.precision, device_of(device), model)))
-    batches, val = loaders(run, data, model.backbone.preprocess)
+    run = replace(run, plan=replace(run.plan, precision=resolve(run.plan.precision, device_of(device), method)))
+    batches, val = loaders(run, data, method.backbone.preprocess)
     with _occupied(run_dir if batches.rank == 0 else None, resuming) as folder:
         if folder:
             rundir.write_json(folder / "run.json", record(run, data))
         last = run_dir / "checkpoints" / "last" if run_dir and resuming else None
         history = fit(
-            Supervised(model),
+            method,
             batches,
             run.plan,
-            probes=[lambda: evaluate(model, val)],
+            curriculum=run.curriculum.build(batches) if run.curriculum else None,
+            probes=[_judge(run, method, data, val)] if val is not None else [],
             run_dir=folder,
             resume_from=last if last and last.exists() else None,
-            documents=documents(run, model),
+            documents=documents(run, method),
             device=device,
             meter=meter if batches.rank == 0 else None,
         )
@@ -236,14 +272,33 @@ def train(
     return history
 
 
-def loaders(run: Run, data: Material, preprocess: Preprocess) -> tuple[Batches, Batches]:
-    """Training batches of this rank, and the val split, which every rank evaluates whole."""
+def material_of(run: Run) -> Material:
+    """What a run trains and is judged on, read from where its data is.
+
+    Raises:
+        DataError: as `material` raises.
+    """
+    return material(
+        read(run.data), task=run.task, seed=run.plan.seed, labels="optional" if run.method is not None else "needed"
+    )
+
+
+def _judge(run: Run, method: Method, data: Material, val: Batches) -> Evaluation:
+    """What decides which checkpoint is best: a classifier's metrics, or the neighbours of a pretrained backbone."""
+    if isinstance(method, Supervised):
+        return lambda: evaluate(method.task_model, val)
+    return pretraining.Neighbours(method.backbone, data.train, val, run.on_error)
+
+
+def loaders(run: Run, data: Material, preprocess: Preprocess) -> tuple[Batches, Batches | None]:
+    """Training batches of this rank, and those of the val split, if any, which every rank evaluates whole."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     plan, on_error = run.plan, run.on_error
     batches = Batches(
         data.train,
         preprocess,
         views=plan.views,
+        more_views=plan.more_views,
         batch=plan.batch,
         seed=plan.seed,
         workers=plan.workers,
@@ -251,6 +306,8 @@ def loaders(run: Run, data: Material, preprocess: Preprocess) -> tuple[Batches, 
         world=world,
         on_error=on_error,
     )
+    if not len(data.val):
+        return batches, None
     return batches, Batches(data.val, preprocess, views=None, batch=plan.batch, seed=0, workers=0, on_error=on_error)
 
 
@@ -288,16 +345,20 @@ def record(run: Run, data: Material) -> dict[str, Any]:
     }
 
 
-def documents(run: Run, model: Classify) -> dict[str, Any]:
+def documents(run: Run, method: Method) -> dict[str, Any]:
     """What every checkpoint says of itself; `config.json` has the shape that timm and the hub know."""
-    preprocess, spec = model.backbone.preprocess, unweighted(run, model.backbone)
+    backbone = method.backbone
+    preprocess, spec = backbone.preprocess, unweighted(run, backbone)
     height, width = preprocess.size
+    model = method.task_model if isinstance(method, Supervised) else None
+    classes = list(model.classes) if model else []
+    ours = {"name": run.backbone.name, "backbone": spec.to_json()}
     config = {
         "architecture": spec.address.removeprefix("timm/"),
-        "num_classes": len(model.classes),
-        "num_features": model.backbone.width,
+        "num_classes": len(classes),
+        "num_features": backbone.width,
         "model_args": dict(spec.options.get("network", {})),
-        "label_names": list(model.classes),
+        "label_names": classes,
         "pretrained_cfg": {
             "input_size": [preprocess.channels, height, width],
             "mean": list(preprocess.mean),
@@ -305,17 +366,23 @@ def documents(run: Run, model: Classify) -> dict[str, Any]:
             "interpolation": preprocess.interpolation,
             "crop_pct": preprocess.crop,
             "crop_mode": "squash" if preprocess.fit == "squash" else "center",
-            "num_classes": len(model.classes),
+            "num_classes": len(classes),
         },
-        "vertebra": {"task": "classify", "multi": model.multi, "name": run.backbone.name, "backbone": spec.to_json()},
+        "vertebra": {"task": "classify", "multi": model.multi, **ours}
+        if model
+        else {"method": to_json(run.method), **ours},
     }
-    return {"config.json": config, "labels.json": list(model.classes), "preprocess.json": to_json(preprocess)}
+    labels = {"labels.json": classes} if model else {}
+    return {"config.json": config, **labels, "preprocess.json": to_json(preprocess)}
 
 
 def unweighted(run: Run, backbone: Backbone) -> Spec:
     """A spec that builds the same network without looking for weights: what a checkpoint is loaded into."""
     from vertebra.backbones.timm import Timm
 
+    if run.adapter is not None:
+        plain = unweighted(replace(run, adapter=None), cast(Any, backbone).inner)
+        return Spec("vertebra.adapters:adapted", {"backbone": plain.to_json(), "adapter": run.adapter.to_json()})
     size = {} if run.image_size is None else {"image_size": run.image_size}
     if not isinstance(backbone, Timm):
         options = {name: value for name, value in run.backbone.options.items() if name != "weights"}
@@ -341,7 +408,7 @@ def resume(run_dir: Path, edits: Sequence[str] = (), *, device: str = "auto", me
         DataError: the data is no longer what the run was trained on.
     """
     _, edited, recorded = reread(run_dir, edits)
-    data = material(read(edited.data), task=edited.task, seed=edited.plan.seed)
+    data = material_of(edited)
     if data.dataset.fingerprint != recorded["data"]["fingerprint"]:
         raise DataError(f"{edited.data} is not what {run_dir} was started on (names, sizes, labels); start a new run")
     return train(edited, run_dir, data=data, device=device, meter=meter, resuming=True)
@@ -356,7 +423,7 @@ def reread(run_dir: Path, edits: Sequence[str] = ()) -> tuple[Run, Run, Mapping[
     recorded = rundir.read_run(run_dir)
     # the path as it was given may be relative to another folder than this one
     run = from_json(Run, {**recorded["run"], "data": recorded["data"]["path"]})
-    edited = edit(run, edits)
+    edited = pretraining.edited(run, edits)
     for name in differing(run, edited):
         if name in FIXED or name.split(".")[0] in FIXED:
             raise UsageError(
