@@ -36,7 +36,7 @@ from vertebra.paper import pages
 from vertebra.spec import Spec, check_options
 from vertebra.training.rundir import create, locked, read_run, surroundings, write_json
 
-PROBES = ("linear", "knn", "few_shot", "retrieval", "calibration", "corruption", "cost", "speed")
+PROBES = ("linear", "knn", "few_shot", "retrieval", "calibration", "corruption", "grad_cam", "cost", "speed")
 """What a user who names no probe gets; fine-tuning costs too much to come unasked."""
 
 SCORES: Mapping[str, tuple[str, ...]] = {
@@ -47,6 +47,7 @@ SCORES: Mapping[str, tuple[str, ...]] = {
     "retrieval": ("map", "recall@1"),
     "calibration": ("ece", "brier"),
     "corruption": ("corruption_top1",),
+    "grad_cam": ("insertion_auc", "deletion_auc", "pointing", "box_iou50"),
 }
 """Scores that may decide, those for one label an image first; the order is that of the default."""
 

@@ -14,12 +14,13 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import ChainableUndefined, Environment, PackageLoader
 from PIL import Image
 
@@ -37,6 +38,7 @@ from vertebra.battle.wording import (
     visible,
 )
 from vertebra.errors import DataError
+from vertebra.probes.grad_cam.pictures import overlay
 
 MOST_PICTURES = 60
 MOST_ROWS = 150
@@ -59,18 +61,24 @@ def write_report(
         The path of report.html.
     """
     thumbnails = _thumbnails(report, thumbnail) if thumbnail else {}
+    overlays = _overlays(report, thumbnail) if thumbnail else {}
     page = run_dir / "report.html"
     _replace(run_dir / "report.json", json.dumps(_finite(report), ensure_ascii=False, indent=1, allow_nan=False))
-    _replace(page, render(report, thumbnails))
+    _replace(page, render(report, thumbnails, overlays))
     return page
 
 
-def render(report: Mapping[str, Any], thumbnails: Mapping[tuple[str, int], str] | None = None) -> str:
+def render(
+    report: Mapping[str, Any],
+    thumbnails: Mapping[tuple[str, int], str] | None = None,
+    overlays: Mapping[tuple[str, int], Mapping[str, str]] | None = None,
+) -> str:
     """The page as text.
 
     Args:
         report: what `Ranking.to_json` gives; sections may be absent.
         thumbnails: (split, index) to a data URI.
+        overlays: (split, index) to where a contender looked: its name, the class it said, and a data URI.
     """
     report = {name: section for name, section in _finite(report).items() if section not in (None, {}, [])}
     people = _people(report)
@@ -92,6 +100,7 @@ def render(report: Mapping[str, Any], thumbnails: Mapping[tuple[str, int], str] 
             classes=_worst_classes(report),
             pictures=_pictures(report),
             thumbnails=thumbnails or {},
+            overlays=overlays or {},
             next_command=_next_command(report),
             date=_date(report.get("created", "")),
             plotly=plotly,
@@ -159,6 +168,44 @@ def _thumbnails(report: Mapping[str, Any], thumbnail: Callable[[str, int], Image
         except (OSError, DataError):  # gone since it was scored: the card keeps its name
             continue
     return uris
+
+
+def _overlays(
+    report: Mapping[str, Any], thumbnail: Callable[[str, int], Image.Image]
+) -> dict[tuple[str, int], dict[str, str]]:
+    """Where the first of the contenders that were explained looked in each picture, on the part that it saw."""
+    maps = {
+        (contender, entry["index"], entry["predicted"]): entry
+        for contender, entries in (report.get("explanations") or {}).items()
+        for entry in entries
+    }
+    found = {}
+    for picture in _pictures(report):
+        place = (picture["split"], picture["index"])
+        said = ((answer["contender"], place[1], answer["predicted"]) for answer in picture["answers"])
+        answer = next((answer for answer in said if answer in maps), None)
+        if answer is None:
+            continue
+        contender, entry = answer[0], maps[answer]
+        try:
+            view = _view(thumbnail(*place), entry["seen"])
+        except (OSError, DataError):  # gone since it was scored, as in `_thumbnails`
+            continue
+        cells = np.frombuffer(base64.b64decode(entry["cells"]), dtype=np.uint8).reshape(entry["grid"])
+        buffer = io.BytesIO()
+        overlay(view, cells / 255).save(buffer, "jpeg", quality=80)
+        uri = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        found[place] = {"contender": contender, "predicted": entry["predicted"], "source": uri}
+    return found
+
+
+def _view(image: Image.Image, seen: Sequence[float]) -> Image.Image:
+    """The part of an image that a network sees, small; `seen` is left, top, right, bottom as shares of its sides."""
+    left, top, right, bottom = (round(share * side) for share, side in zip(seen, image.size * 2, strict=True))
+    view = image.convert("RGB").crop((left, top, max(right, left + 1), max(bottom, top + 1)))
+    factor = PICTURE_PIXELS / max(view.size)
+    width, height = (max(1, round(side * factor)) for side in view.size)
+    return view.resize((width, height), Image.Resampling.LANCZOS if factor < 2 else Image.Resampling.NEAREST)
 
 
 def _data_uri(image: Image.Image) -> str:

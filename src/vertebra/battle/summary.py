@@ -114,6 +114,7 @@ def summarise(told: Told, rows: Iterable[Row]) -> dict[str, Any]:
             "aggregate": _aggregate(table, shown),
             "per_class": _per_class(done, primary),
             "mistakes": _mistakes(done, primary),
+            "explanations": _explanations(done),
             "robustness": _robustness(done),
             "calibration": _calibration(done),
             "left_out": _left_out(rows),
@@ -371,6 +372,12 @@ def _mistakes(done: Sequence[Row], primary: Column) -> list[dict[str, Any]]:
         for name, details in _first_seed(done, primary.probe).items()
         for mistake in details.get("mistakes", ())[:WORST]
     ]
+
+
+def _explanations(done: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
+    """Where contenders looked in their worst mistakes, of their first seed."""
+    found = _first_seed(done, "grad_cam")
+    return {name: details["explanations"] for name, details in found.items() if details.get("explanations")}
 
 
 def _calibration(done: Sequence[Row]) -> dict[str, dict[str, Any]]:

@@ -118,14 +118,14 @@ def fitted(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
     if image.mode not in ("L", mode):
         image = image.convert(mode)
     whole_width, whole_height = image.info.get("whole", image.size)
-    box = _central(whole_width, whole_height, preprocess) / round(whole_width / image.width)  # reduced by 1, 2, 4 or 8
+    box = central(whole_width, whole_height, preprocess) / round(whole_width / image.width)  # reduced by 1, 2, 4 or 8
     box = np.minimum(box, (*image.size, *image.size))  # rounding
     height, width = preprocess.size
     image = image.resize((width, height), FILTERS[preprocess.interpolation], box=tuple(box.tolist()))
     return as_array(image if image.mode == mode else image.convert(mode))
 
 
-def _central(width: int, height: int, preprocess: Preprocess) -> np.ndarray:
+def central(width: int, height: int, preprocess: Preprocess) -> np.ndarray:
     """(left, top, right, bottom) of what the network sees, in pixels of an image of this size."""
     seen_height, seen_width = preprocess.size
     resized_width, resized_height = _resized(width, height, preprocess)
