@@ -163,7 +163,8 @@ class Timm(Backbone):
 
         Parts without parameters (activations, poolings) and parts that the forward pass never calls are left out.
         """
-        return [self.network.get_submodule(name) for name in self._measured.parts]
+        parts = [self.network.get_submodule(name) for name in self._measured.parts]
+        return [part for part in parts if next(part.parameters(), None) is not None]  # surgery may have emptied some
 
 
 def _checked(

@@ -4,6 +4,8 @@ Counting runs the forward pass on the meta device, which computes shapes and not
 milliseconds and no memory, whatever the network.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,6 +42,18 @@ class _Counter(TorchDispatchMode):
         return out
 
 
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; then every module gets its own mode back."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def count(model: nn.Module, *, size: tuple[int, int] | None = None, channels: int | None = None) -> Cost:
     """Count parameters, MACs and activations for one image.
 
@@ -62,12 +76,8 @@ def count(model: nn.Module, *, size: tuple[int, int] | None = None, channels: in
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     image = torch.empty(1, channels, *size, device="meta", dtype=kind)
-    counter, training = _Counter(), model.training
-    try:
-        model.eval()
-        with torch.no_grad(), torch.device("meta"), counter:
-            functional_call(model, shapes, (image,))
-    finally:
-        model.train(training)
+    counter = _Counter()
+    with evaluating(model), torch.no_grad(), torch.device("meta"), counter:
+        functional_call(model, shapes, (image,))
     params = sum(parameter.numel() for parameter in model.parameters())
     return Cost(params, counter.flops // 2, counter.activations, size)
