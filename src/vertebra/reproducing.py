@@ -11,12 +11,16 @@ import math
 import multiprocessing
 import os
 import shlex
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import FrameType
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 
@@ -24,7 +28,7 @@ from vertebra.contracts import Check, Effect, Measured
 from vertebra.data import read
 from vertebra.data.dataset import Dataset
 from vertebra.data.pixels import available_cores
-from vertebra.errors import UsageError, VertebraError, near
+from vertebra.errors import Preempted, UsageError, VertebraError, near
 from vertebra.paper import Page, entries, find_page, pages
 from vertebra.training import rundir
 
@@ -99,6 +103,7 @@ def reproduce(
     Raises:
         UsageError: no such page, no effect, a GPU scale without a GPU, or too few seeds.
         VertebraError: a cell failed; the others are kept.
+        Preempted: SIGTERM; likewise.
     """
     page = find_page(paper_id)
     _check(scale, seeds, jobs)
@@ -112,8 +117,9 @@ def reproduce(
 
     jobs = jobs or (1 if scale == "gpu" else available_cores())
     started = time.monotonic()
-    shared = dict(_measured(cells([PREPARED]), jobs, fresh, tell)) if effect.prepare else {}
-    found = dict(_measured(cells(effect.arms), jobs, fresh, tell))
+    with _stoppable():
+        shared = dict(_measured(cells([PREPARED]), jobs, fresh, tell)) if effect.prepare else {}
+        found = dict(_measured(cells(effect.arms), jobs, fresh, tell))
     names = [*effect.metrics, "seconds"]
     values = {
         arm: {name: np.array([found[arm, seed].get(name, math.nan) for seed in range(seeds)]) for name in names}
@@ -185,7 +191,26 @@ def _measured(
                 yield (cell.arm, cell.seed), values
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.kill()  # cells are written whole or not at all, so nothing is lost but the ones under way
             raise
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM ends the command as an error does, so that no worker goes on alone; resumes with the kept cells."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        raise Preempted("SIGTERM: the cells that are done are kept; run the same command to go on")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _prepare(threads: int) -> None:
