@@ -229,7 +229,7 @@ class Settings:
 
 
 class Curriculum(ABC):
-    """What is seen when."""
+    """What is seen when. A page's factory takes the `Batches` to be trained on, whose size and splits it may read."""
 
     @abstractmethod
     def settings(self, progress: Progress) -> Settings:
@@ -345,7 +345,7 @@ class Cost:
 
 Surgery: TypeAlias = Callable[[nn.Module], Operated]
 Adapter: TypeAlias = Callable[[Backbone], Backbone]
-"""Frozen inside, a few new parameters, the same contract outside."""
+"""Frozen inside, a few new parameters, the same contract outside; the backbone it stands on is its `inner`."""
 
 
 class Space(ABC):
