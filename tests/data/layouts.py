@@ -406,6 +406,11 @@ def yolo_class(root: Path) -> None:
     text(root / "labels/train/a.txt", "7 0.5 0.5 0.25 0.5\n")
 
 
+def coco_beside_voc(root: Path) -> None:
+    voc_without_sets(root)
+    coco(root, "instances.json", ["JPEGImages/a.jpg", "JPEGImages/b.jpg"])
+
+
 # masks
 
 
@@ -605,6 +610,7 @@ CASES: dict[str, Case] = {
     "voc, swapped corners": Case(voc_swapped, "voc", {"all": 2}, ("cat", "dog"), note="exchanged"),
     "voc, fractions of pixels": Case(voc_float, "voc", {"all": 2}, ("cat", "dog")),
     "voc, an entity attack": Case(voc_entities, error=r"a\.xml"),
+    "coco beside voc": Case(coco_beside_voc, "coco", {"all": 2}, ("cat", "dog"), note="layout='voc' reads the other"),
     "yolo": Case(yolo, "yolo", {"train": 2, "val": 1}, ("cat", "dog")),
     "yolo, roboflow": Case(yolo_roboflow, "yolo", {"train": 1, "val": 1}, ("cat", "dog")),
     "yolo, names as a map": Case(yolo_names_map, "yolo", {"train": 2, "val": 1}, ("cat", "dog")),

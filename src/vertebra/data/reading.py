@@ -12,8 +12,9 @@ In this order:
 7. folders with images: one folder a class, below folders for the splits where there are any;
 8. images only: no labels.
 
-Two that hold at once, such as a table beside class folders, or boxes beside masks, are an error that asks; `layout=`
-answers.
+Two that hold at once, such as a table beside class folders, or VOC's boxes beside its masks, are an error that asks;
+`layout=` answers. Where one tells all that the other does, as a COCO json beside xml files or masks of the same images
+(`TELLS_MORE`), it is read, and a note names the other.
 """
 
 import os
@@ -42,6 +43,9 @@ MARKED = {
     "videos": "videos",
 }
 """Layouts of boxes, masks, words, pairs and videos -> the module with `find_LAYOUT` and `read_LAYOUT`."""
+
+TELLS_MORE = {"panoptic": {"coco"}, "coco": {"voc", "yolo", "masks"}}
+"""Layout -> those that say less of the same images where both are found."""
 
 LAYOUTS = ("imagefolder", "flat", "table", "huggingface", "webdataset", *MARKED, "digits", "sprites")
 """What `read` can be told to expect."""
@@ -211,6 +215,11 @@ def _read_marked(
         plan = _of(name, "find")(root, top, **sure)
         if plan is not None:
             found[name] = plan
+    for name in TELLS_MORE:
+        if name in found and len(found) > 1 and found.keys() - {name} <= TELLS_MORE[name]:
+            others = " or ".join(f"layout='{other}'" for other in found if other != name)
+            notes = [*notes, f"read as {name}, which tells more; {others} reads the other"]
+            found = {name: found[name]}
     if len(found) > 1:
         raise DataError(f"{path} can be read as {' and as '.join(found)}; say which: layout='{next(iter(found))}'")
     for name, plan in found.items():
