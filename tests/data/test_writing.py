@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from vertebra.cli.convert import LAYOUTS
 from vertebra.cli.main import vertebra
 from vertebra.data import read
 from vertebra.data.sprites import sprites
@@ -42,6 +43,7 @@ def test_sprites_are_read_again(tmp_path, layout):
 
 def test_every_writer_is_there():
     assert set(CARRIES) == set(WRITERS) - {"videos"}  # which has tests of its own
+    assert tuple(WRITERS) == LAYOUTS
 
 
 def test_bad_calls(tmp_path):

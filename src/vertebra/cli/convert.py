@@ -4,13 +4,14 @@ from pathlib import Path
 
 import click
 
-from vertebra.data.writing import WRITERS
+LAYOUTS = ("imagefolder", "coco", "voc", "yolo", "masks", "panoptic", "pairs", "image_text", "videos")
+"""Those of `vertebra.data.writing.WRITERS`, which is not imported for the help."""
 
 
 @click.command("convert")
 @click.argument("data")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--to", "layout", required=True, help=f"What to write: {', '.join(WRITERS)}.")
+@click.option("--to", "layout", required=True, help=f"What to write: {', '.join(LAYOUTS)}.")
 @click.option("--layout", "given", help="What DATA is, where it does not tell by itself.")
 @click.option("--on-error", type=click.Choice(["raise", "skip"]), default="raise", show_default=True)
 def command(data: str, out: Path, layout: str, given: str | None, on_error: str) -> None:

@@ -25,14 +25,7 @@ LISTING = "explained.json"
 @click.option("--layer", metavar="NAME", help="A module of the backbone in place of the one that is found.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="A folder; default runs/explain/NAME.")
 @click.option("--overwrite", is_flag=True, help="Write into --out although it has earlier explanations.")
-@click.option(
-    "--checkpoint",
-    "which",
-    type=click.Choice(["best", "last"]),
-    default="best",
-    show_default=True,
-    help="Which checkpoint.",
-)
+@options.checkpoint
 @options.device
 @options.as_json
 @click.pass_context

@@ -22,14 +22,7 @@ if TYPE_CHECKING:
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="A file instead of stdout.")
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Classes an image.")
 @click.option("-b", "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Images at once.")
-@click.option(
-    "--checkpoint",
-    "which",
-    type=click.Choice(["best", "last"]),
-    default="best",
-    show_default=True,
-    help="Which checkpoint.",
-)
+@options.checkpoint
 @options.device
 @options.as_json
 @click.pass_context

@@ -40,7 +40,7 @@ def command(run: str, dry_run: bool, edits: tuple[str, ...], device: str, as_jso
     if read_run(Path(run)).get("verb") == "battle":
         _resume_battle(run, edits, quiet=quiet, as_json=as_json, dry_run=dry_run)
         return
-    from vertebra.cli.train import summary, summary_text
+    from vertebra.cli._runs import summary, summary_text
     from vertebra.training import running
     from vertebra.training.console import meter
 

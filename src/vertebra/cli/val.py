@@ -14,14 +14,7 @@ from vertebra.cli import options
 @click.argument("data")
 @click.option("--split", help="Default: test, else val, else what there is.")
 @click.option("-b", "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Images at once.")
-@click.option(
-    "--checkpoint",
-    "which",
-    type=click.Choice(["best", "last"]),
-    default="best",
-    show_default=True,
-    help="Which checkpoint.",
-)
+@options.checkpoint
 @options.device
 @options.as_json
 def command(
