@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn
@@ -98,7 +98,7 @@ def reproduce(
         tell: is told of each cell.
 
     Returns:
-        The entry that was written.
+        The entry that was written; its `seconds` are those of all cells together.
 
     Raises:
         UsageError: no such page, no effect, a GPU scale without a GPU, or too few seeds.
@@ -107,7 +107,7 @@ def reproduce(
     """
     page = find_page(paper_id)
     _check(scale, seeds, jobs)
-    dataset = read(data) if data else None
+    dataset = _read(data)
     effect = effect_of(page, scale, dataset)
     folder = runs / "reproduce" / page.name / f"{scale}-{_key(page, dataset)}"
 
@@ -116,7 +116,6 @@ def reproduce(
         return [Cell(page.name, arm, seed, scale, data, str(folder / f"{arm}-{seed}")) for arm, seed in where]
 
     jobs = jobs or (1 if scale == "gpu" else available_cores())
-    started = time.monotonic()
     with _stoppable():
         shared = dict(_measured(cells([PREPARED]), jobs, fresh, tell)) if effect.prepare else {}
         found = dict(_measured(cells(effect.arms), jobs, fresh, tell))
@@ -133,7 +132,7 @@ def reproduce(
         "data": {"what": effect.data, "fingerprint": dataset.fingerprint if dataset else None},
         "seeds": seeds,
         "jobs": jobs,
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": round(sum(values["seconds"] for values in (*shared.values(), *found.values())), 1),
         "prepared_seconds": [values["seconds"] for values in shared.values()],
         **_summary(effect, Measured(values)),
         **rundir.surroundings(),
@@ -141,6 +140,11 @@ def reproduce(
     if out is not None:
         _write(out / f"{page.name}.json", entry)
     return entry
+
+
+def _read(data: str | None) -> Dataset | None:
+    """The user's data under its name alone: evidence says nothing of where it lies."""
+    return replace(read(data), path=Path(data).name) if data else None
 
 
 def _check(scale: str, seeds: int, jobs: int | None) -> None:
@@ -224,7 +228,7 @@ def _run(cell: Cell) -> dict[str, float]:
     """Measure a cell in this process and store it."""
     folder = Path(cell.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    effect = effect_of(find_page(cell.page), cell.scale, read(cell.data) if cell.data else None)
+    effect = effect_of(find_page(cell.page), cell.scale, _read(cell.data))
     started = time.monotonic()
     try:
         values = _measure(effect, cell, folder)

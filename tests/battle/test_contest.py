@@ -56,7 +56,7 @@ def test_report_json_keeps_its_schema(finished: Path) -> None:
     report = json.loads((finished / "report.json").read_text())
     fields = (
         "vertebra created command data machine settings contenders probes scores table comparisons pick pareto "
-        "aggregate per_class mistakes robustness calibration left_out failed seconds"
+        "aggregate per_class mistakes explanations robustness calibration left_out failed seconds"
     )
     assert list(report) == fields.split()
     assert report["data"]["sizes"] == {"train": 1078, "val": 269, "test": 450}
