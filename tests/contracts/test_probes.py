@@ -21,8 +21,8 @@ CHEAP: Mapping[str, Mapping[str, Any]] = {
     "corruption/quick": {"images": 60},
     "corruption/full": {"images": 20},
     "finetune": {"epochs": 1, "rates": [1.0]},
-    "grad_cam/quick": {"images": 20, "steps": 4},
-    "grad_cam/full": {"images": 20, "steps": 4},
+    "grad_cam/quick": {"images": 20, "steps": 4, "cells": 1},
+    "grad_cam/full": {"images": 20, "steps": 4, "cells": 1},
     "speed": {"rounds": 2, "repeats": 2, "batch": 2},
 }
 """Options under which a probe takes about a second."""

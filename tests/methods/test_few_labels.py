@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from vertebra.contracts import Measured
 from vertebra.data import digits
@@ -29,14 +30,19 @@ def test_arms_are_measured_and_again_the_same(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(few_labels, "DIGIT_LABELS", TINY.labels)
     effect = few_labels.experiment("toy", None)
     assert effect.baseline in effect.arms and "64 images without labels, 1 and 2 labels a class" in effect.data
-    found = [dict(effect.measure("selector_1", 0, tmp_path)) for _ in range(2)]
+    for number in range(2):
+        (tmp_path / str(number) / "prepared-0").mkdir(parents=True)
+        effect.prepare(0, tmp_path / str(number) / "prepared-0")
+    found = [dict(effect.measure("selector_1", 0, tmp_path / str(number) / "selector_1-0")) for number in range(2)]
     assert found[0] == found[1] and found[0].keys() == effect.metrics.keys()
     assert all(0 <= value <= 100 for value in found[0].values())
 
 
-def test_arms_of_a_seed_start_from_the_same_pretrained_weights() -> None:
+def test_arms_of_a_seed_start_from_the_same_pretrained_weights(tmp_path: Path) -> None:
     train = few_labels._some(digits().split("train"), 64)
-    starts = {arm: few_labels._starting_point(arm, 0, TINY, train, mirrored=False) for arm in few_labels.ARMS}
+    method = few_labels._pretrained(0, TINY, train, mirrored=False)
+    save_file({name: value.contiguous() for name, value in method.state_dict().items()}, tmp_path / "weights")
+    starts = {arm: few_labels._starting_point(arm, 0, TINY, tmp_path / "weights") for arm in few_labels.ARMS}
     kept = starts["selector_1"]
     assert isinstance(kept, WithHead) and kept.width == starts["selector_0"].width == 96
     pretrained, scratch = starts["selector_0"].state_dict(), starts["scratch"].state_dict()

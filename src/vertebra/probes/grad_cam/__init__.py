@@ -75,13 +75,17 @@ SHOWN = 24
 """Mistakes that are explained for the report: as many as the linear probe lists."""
 
 
-def grad_cam(*, variant: str = "quick", images: int | None = None, steps: int | None = None) -> "GradCAM":
+def grad_cam(
+    *, variant: str = "quick", images: int | None = None, steps: int | None = None, cells: int = 4
+) -> "GradCAM":
     """The probe; for maps of your own model call `explain`.
 
     Args:
         variant: "quick" or "full".
         images: test images at most, with the test split's mix of classes; None takes the variant's.
         steps: parts in which pixels come and go; None takes the variant's.
+        cells: fewest cells of a map, down and across; of maps with fewer nothing is said, as they point at all or
+            nothing. With a stride of 32 four cells are 128 pixels.
 
     Raises:
         UsageError: an unknown variant, or a value out of range.
@@ -90,7 +94,9 @@ def grad_cam(*, variant: str = "quick", images: int | None = None, steps: int | 
         raise UsageError(f"grad_cam has no variant {variant!r}{near(variant, VARIANTS)}; it has {', '.join(VARIANTS)}")
     options = VARIANTS[variant]
     return GradCAM(
-        images=options["images"] if images is None else images, steps=options["steps"] if steps is None else steps
+        images=options["images"] if images is None else images,
+        steps=options["steps"] if steps is None else steps,
+        cells=cells,
     )
 
 
@@ -110,11 +116,11 @@ class Headed(nn.Module):
 class GradCAM(Probe):
     """Insertion and deletion area, and pointing and boxes where there are boxes; explains the worst mistakes."""
 
-    def __init__(self, *, images: int, steps: int) -> None:
-        for name, value in (("images", images), ("steps", steps)):
+    def __init__(self, *, images: int, steps: int, cells: int) -> None:
+        for name, value in (("images", images), ("steps", steps), ("cells", cells)):
             if value < 1:
                 raise UsageError(f"grad_cam: {name} is {value}; it must be at least 1")
-        self.images, self.steps = images, steps
+        self.images, self.steps, self.cells = images, steps, cells
 
     def work(self, images: Mapping[str, int], classes: int) -> Work:
         chosen = min(self.images, images["test"])
@@ -129,6 +135,12 @@ class GradCAM(Probe):
             site = site_of(model, self._pixels(data, chosen[:1]))
         except UsageError as error:
             raise NotApplicable(f"grad_cam: {error}") from error
+        if min(site.grid) < self.cells:
+            down, across = site.grid
+            raise NotApplicable(
+                f"grad_cam: maps of {down} x {across} cells say too little; give larger images (--img-size), or "
+                f"grad_cam?cells={min(site.grid)} to have them all the same"
+            )
         with torch.inference_mode():
             said = network.head(data.features("test")[chosen].to(data.device)).argmax(1).cpu()
         scores = self._faithful(network, data, chosen, said, site)
