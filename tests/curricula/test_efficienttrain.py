@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from vertebra.backbones.cifar_resnet import cifar_resnet
 from vertebra.backbones.timm import timm
 from vertebra.config import Plan, Views
 from vertebra.contracts import Backbone, Measured, Preprocess, Progress, Settings
@@ -247,7 +248,10 @@ def test_every_arm_of_the_effect_spends_what_it_says(monkeypatch: pytest.MonkeyP
 
 def test_the_effects_networks_are_of_the_size_that_it_claims() -> None:
     setup = page._SETUPS["toy"]
-    nets: dict[str, Backbone] = {"cnn": page._resnet14(setup["width"], 32), "vit": page._vit(setup["vit"], 32)}
+    nets: dict[str, Backbone] = {
+        "cnn": cifar_resnet(blocks=2, width=setup["width"]),
+        "vit": page._vit(setup["vit"], 32),
+    }
     for net in nets.values():
         assert 5e6 < count(net).macs < 25e6
         assert [level.channels for level in net.levels] == [m.shape[1] for m in net(torch.zeros(1, 3, 32, 32)).pyramid]

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vertebra.contracts import Backbone, Check, Effect, Features, Level, Measured, Preprocess
+from vertebra.contracts import Check, Effect, Measured
 from vertebra.data.dataset import Dataset, Split
 from vertebra.errors import DataError, UsageError
 from vertebra.paper import Paper
@@ -110,52 +110,6 @@ _ARMS: Mapping[str, tuple[str, Callable[[int], nn.Module]]] = {
 }
 
 
-class _Residual(nn.Module):
-    """Two 3 x 3 convolutions with the attention after the last norm; shortcuts are pooled and padded with zeros."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int, attention: Callable[[int], nn.Module]) -> None:
-        super().__init__()
-        self.more, self.stride = outputs - inputs, stride
-        self.branch = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-            attention(outputs),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x[:, :, :: self.stride, :: self.stride]
-        return (self.branch(x) + nn.functional.pad(shortcut, (0, 0, 0, 0, 0, self.more))).relu()
-
-
-class _ResNet(Backbone):
-    """He's ResNet-20, -56 ... for small images (arXiv 1512.03385, section 4.2), the field of the effect."""
-
-    def __init__(self, *, blocks: int, attention: Callable[[int], nn.Module], size: int, width: int = 16) -> None:
-        super().__init__()
-        widths = (width, 2 * width, 4 * width)
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-        self.stages = nn.ModuleList()
-        for before, after in zip((width, *widths), widths, strict=False):
-            places = [(before, 1 + (before < after))] + [(after, 1)] * (blocks - 1)
-            self.stages.append(nn.Sequential(*(_Residual(i, after, stride, attention) for i, stride in places)))
-        self.levels = tuple(Level(channels, stride) for channels, stride in zip(widths, (1, 2, 4), strict=True))
-        self.width = widths[-1]
-        self.preprocess = Preprocess((size, size), (0.5,) * 3, (0.25,) * 3, "bilinear")
-
-    def forward(self, images: Tensor) -> Features:
-        x, maps = self.stem(images), []
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        return Features(tuple(maps), x.mean((2, 3)))
-
-    def trunk(self) -> list[nn.Module]:
-        return [self.stem, *(block for stage in self.stages if isinstance(stage, nn.Sequential) for block in stage)]
-
-
 @dataclass(frozen=True)
 class _Setting:
     """What a scale of the effect trains: blocks a stage, pixels, images, epochs."""
@@ -207,6 +161,7 @@ def _few(split: Split, images: int) -> Split:
 
 
 def _measure(arm: str, seed: int, setting: _Setting, train: Split, test: Split) -> Mapping[str, float]:
+    from vertebra.backbones.cifar_resnet import cifar_resnet
     from vertebra.config import Plan, Views
     from vertebra.data.loader import Batches
     from vertebra.methods.supervised import Supervised
@@ -214,8 +169,9 @@ def _measure(arm: str, seed: int, setting: _Setting, train: Split, test: Split) 
     from vertebra.training.loop import evaluate, fit
 
     torch.manual_seed(seed)
-    backbone = _ResNet(blocks=setting.blocks, attention=_ARMS[arm][1], size=setting.size)
-    plain = _ResNet(blocks=setting.blocks, attention=_ARMS["plain"][1], size=setting.size)
+    size, blocks = setting.size, setting.blocks
+    backbone = cifar_resnet(blocks=blocks, image_size=size, attention=_ARMS[arm][1])
+    plain = cifar_resnet(blocks=blocks, image_size=size)
     model = classify(backbone, train.classes)
     views = Views(scale=(0.6, 1.0))
     plan = Plan(

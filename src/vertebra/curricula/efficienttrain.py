@@ -24,10 +24,7 @@ from vertebra.contracts import (
     Check,
     Curriculum,
     Effect,
-    Features,
-    Level,
     Measured,
-    Preprocess,
     Progress,
     Settings,
 )
@@ -329,6 +326,7 @@ def _train(
 
     import torch
 
+    from vertebra.backbones.cifar_resnet import cifar_resnet
     from vertebra.config import Plan, Views
     from vertebra.methods.supervised import Supervised
     from vertebra.tasks.classify import classify
@@ -345,7 +343,9 @@ def _train(
     if arm == "fewer_epochs":
         epochs = round(epochs * relative_cost(setup["bands"], size))
     torch.manual_seed(seed)
-    backbone = _resnet14(setup["width"], size) if network == "cnn" else _vit(setup["vit"], size)
+    backbone = (
+        cifar_resnet(blocks=2, width=setup["width"], image_size=size) if network == "cnn" else _vit(setup["vit"], size)
+    )
     model = classify(backbone, train.classes, label_smoothing=0.1)
     views = Views(scale=(0.35, 1.0), policy="randaugment")
     plan = Plan(
@@ -402,44 +402,3 @@ def _vit(network: Mapping[str, Any], size: int) -> Backbone:
     from vertebra.backbones.timm import timm
 
     return timm("vit_tiny_patch16_224", image_size=size, network=network)
-
-
-def _resnet14(width: int, size: int) -> Backbone:
-    """The 14-layer residual network for small images (arXiv 1512.03385, section 4.2), of any width."""
-    import torch.nn.functional as F  # noqa: N812 - torch's own convention
-    from torch import Tensor, nn
-
-    def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
-        layer = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
-        return nn.Sequential(layer, nn.BatchNorm2d(outputs))
-
-    class Unit(nn.Module):
-        def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-            super().__init__()
-            self.first, self.second = convolution(inputs, outputs, 3, stride), convolution(outputs, outputs, 3)
-            self.shortcut = nn.Identity() if inputs == outputs else convolution(inputs, outputs, 1, stride)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.relu(self.second(F.relu(self.first(x))) + self.shortcut(x))
-
-    class ResNet14(Backbone):
-        def __init__(self) -> None:
-            super().__init__()
-            dims = (width, 2 * width, 4 * width)
-            self.stem = nn.Sequential(convolution(3, width, 3), nn.ReLU())
-            pairs = zip((width, *dims), dims, (1, 2, 2), strict=False)
-            self.stages = nn.ModuleList(nn.Sequential(Unit(i, o, s), Unit(o, o, 1)) for i, o, s in pairs)
-            self.levels = tuple(Level(dim, stride) for dim, stride in zip(dims, (1, 2, 4), strict=True))
-            self.width = dims[-1]
-            self.preprocess = Preprocess((size, size), (0.5,) * 3, (0.25,) * 3, "bilinear")
-
-        def forward(self, images: Tensor) -> Features:
-            maps = [self.stem(images)]
-            for stage in self.stages:
-                maps.append(stage(maps[-1]))
-            return Features(tuple(maps[1:]), maps[-1].mean((2, 3)))
-
-        def trunk(self) -> Sequence[nn.Module]:
-            return [self.stem, *self.stages]
-
-    return ResNet14()
