@@ -139,11 +139,13 @@ def _keep(target: Target, keep: Tensor) -> None:
 
 
 def _move_masks(target: Target, placement: Placement, size: tuple[int, int]) -> None:
+    names = [name for name in ("masks", "semantic", "panoptic") if name in target]
+    if not names:
+        return
     rows, columns = _nearest(placement, size)
-    for name in ("masks", "semantic", "panoptic"):
-        if name in target:
-            value = target[name].as_subclass(Tensor)
-            target[name] = tv_tensors.Mask(value.index_select(-2, rows).index_select(-1, columns))
+    for name in names:
+        value = target[name].as_subclass(Tensor)
+        target[name] = tv_tensors.Mask(value.index_select(-2, rows).index_select(-1, columns))
     if "masks" in target:
         _keep(target, target["masks"].flatten(1).any(dim=1))
 
@@ -159,6 +161,8 @@ def _nearest(placement: Placement, size: tuple[int, int]) -> tuple[Tensor, Tenso
 
 def _move_points(target: Target, placement: Placement, size: tuple[int, int], mirrored: Sequence[int] | None) -> None:
     """Points that left the view are dropped; keypoints stay in their place, as not visible."""
+    if "points" not in target and "keypoints" not in target:
+        return
     corner, factor, _ = (value[0] for value in _scales([placement], size))
     limits = torch.tensor([size[1], size[0]])
 
