@@ -58,7 +58,7 @@ def proofs(page: Page) -> tuple[str, str, str]:
     """
     golden = _golden(page)
     variants, parity = golden.get("variants", {}), golden.get("parity")
-    numbers = f"{len(variants)} variants" if variants else ""
+    numbers = f"{len(variants)} variant{'s' * (len(variants) > 1)}" if variants else ""
     on_timm = any("timm" in options for options in page.variants.values())
     measured = ", ".join(f"{entry['verdict']} ({entry['scale']})" for entry in evidence(page.name))
     return numbers, "golden outputs" if parity else "timm's own" if on_timm else "", measured

@@ -117,6 +117,17 @@ def test_timms_networks_are_rebuilt_without_looking_for_weights(tmp_path: Path) 
     assert len(loaded.predict(digits().split("test").image(0))[0].labels) == 5
 
 
+def test_a_page_that_changes_timms_network_is_rebuilt_by_its_own_address(tmp_path: Path) -> None:
+    spec = Spec("eca_net/resnet18", {"channels": 1, "image_size": 32, "kernels": [3, 3, 3, 3]})
+    plan = dataclasses.replace(PLAN, steps=1, batch=8)
+    running.train(Run(data="digits", backbone=spec, plan=plan), tmp_path / "run")
+    loaded = predicting.load(tmp_path / "run", which="last")
+    saved = load_checkpoint(loaded.path).tensors["ema"]
+    found = loaded.model.state_dict()
+    assert any("conv.weight" in name and value.shape == (1, 1, 3) for name, value in found.items())
+    assert all(torch.equal(value, saved[name]) for name, value in found.items() if name in saved)
+
+
 def test_a_checkpoint_serves_as_weights_for_other_classes(tmp_path: Path) -> None:
     plan = dataclasses.replace(PLAN, steps=2, ema=0.0)
     running.train(Run(data="digits", backbone=Spec("timm/test_resnet"), plan=plan, image_size=32), tmp_path / "first")

@@ -158,6 +158,21 @@ class Timm(Backbone):
             _blame_shape(self._blueprint, images, error)
             raise
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of `timm` that build the same network again, without looking for weights."""
+        found_by_itself = ("in_chans", "img_size", "dynamic_img_size", "dynamic_img_pad")
+        keywords = json.loads(self._blueprint.keywords)
+        network = {name: value for name, value in keywords.items() if name not in found_by_itself}
+        return {"channels": self._blueprint.channels, "image_size": list(self._blueprint.size), "network": network}
+
+    @property
+    def altered(self) -> bool:
+        """Whether the network has other weights than timm's of that name: surgery changed it."""
+        with torch.device("meta"):
+            plain = self._blueprint.build()
+        return plain.state_dict().keys() != self.network.state_dict().keys()
+
     def trunk(self) -> Sequence[nn.Module]:
         """The blocks in the order in which the signal meets them, stem first.
 

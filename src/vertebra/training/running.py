@@ -1,7 +1,6 @@
 """A run from its description to its directory: read the data, check everything, build, fit, and go on later."""
 
 import dataclasses
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -387,11 +386,10 @@ def unweighted(run: Run, backbone: Backbone) -> Spec:
     if not isinstance(backbone, Timm):
         options = {name: value for name, value in run.backbone.options.items() if name != "weights"}
         return replace(run.backbone, options={**options, **size})
-    blueprint = backbone._blueprint
-    automatic = ("in_chans", "img_size", "dynamic_img_size", "dynamic_img_pad")  # timm() finds them by itself
-    network = {name: value for name, value in json.loads(blueprint.keywords).items() if name not in automatic}
-    options = {"channels": blueprint.channels, "image_size": list(blueprint.size), "network": network}
-    return Spec(f"timm/{blueprint.name.partition('.')[0]}", options)
+    if backbone.altered:  # the page builds what timm's name alone does not
+        options = {name: value for name, value in run.backbone.options.items() if name != "weights"}
+        return replace(run.backbone, options={**options, **backbone.options})
+    return Spec(f"timm/{backbone.name.partition('.')[0]}", backbone.options)
 
 
 def resume(run_dir: Path, edits: Sequence[str] = (), *, device: str = "auto", meter: Meter | None = None) -> History:
