@@ -107,7 +107,7 @@ def test_entry(page: paper.Page, tmp_path: Path) -> None:
     assert twice["top1"]["gain_ci95"] == pytest.approx([2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5], abs=1e-5)
     assert twice["other"]["mean"] == 7 and "gain" not in twice["other"]
     assert "other" not in entry["arms"]["once"]["metrics"]
-    assert entry["verdict"] == "partly shown" and [c["holds"] for c in entry["checks"]] == [True, False]
+    assert entry["verdict"] == "1 of 2 checks holds" and [c["holds"] for c in entry["checks"]] == [True, False]
     assert entry["command"] == "vertebra reproduce doubling --scale toy --seeds 3"
     assert json.loads((tmp_path / "evidence" / "doubling.json").read_text())["evidence"] == [entry]
 
@@ -178,7 +178,13 @@ def test_pages_without_an_effect_say_who_has_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("holds", "said"), [([True, True], "shown"), ([True, False], "partly shown"), ([False], "not shown")]
+    ("holds", "said"),
+    [
+        ([True, True], "all 2 checks hold"),
+        ([True, False, True], "2 of 3 checks hold"),
+        ([False, True], "1 of 2 checks holds"),
+        ([False], "none of 1 checks holds"),
+    ],
 )
 def test_verdict(holds: list[bool], said: str) -> None:
     assert reproducing.verdict([Check("a", one, "") for one in holds]) == said
@@ -203,6 +209,6 @@ def test_command(page: paper.Page, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert result.exit_code == 0, result.output
     assert "twice   3 ± 1.4 (+1.5, -4.85..+7.85)  7 ± 0" in result.stdout
     assert "holds: twice above once: figures" in result.stdout and "fails: never" in result.stdout
-    assert "verdict: partly shown" in result.stdout and "evidence/doubling.json" in result.stdout
+    assert "verdict: 1 of 2 checks holds" in result.stdout and "evidence/doubling.json" in result.stdout
     shown = CliRunner().invoke(vertebra, ["reproduce", "doubling", "--seeds", "2", "--json"])
-    assert json.loads(shown.stdout)["verdict"] == "partly shown"
+    assert json.loads(shown.stdout)["verdict"] == "1 of 2 checks holds"

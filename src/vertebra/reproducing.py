@@ -292,9 +292,11 @@ def _interval(gain: np.ndarray) -> tuple[float, float]:
 
 
 def verdict(checks: Sequence[Check]) -> str:
-    """One of "shown", "partly shown", "not shown"."""
+    """How many of the checks hold, in words; whether a difference is beyond chance is what its interval says."""
     held = sum(check.holds for check in checks)
-    return "shown" if held == len(checks) else "partly shown" if held else "not shown"
+    if held == len(checks):
+        return f"all {held} checks hold"
+    return f"{held or 'none'} of {len(checks)} checks hold{'s' * (held < 2)}"
 
 
 def _command(paper_id: str, scale: str, seeds: int, data: str | None) -> str:
