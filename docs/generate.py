@@ -24,6 +24,10 @@ def render(page: Page) -> str:
         lines.append(f"- Claim: {paper.claim}")
     if paper.builds_on:
         lines.append("- Builds on: " + ", ".join(f"[{other}]({other}.md)" for other in paper.builds_on))
+    if paper.numbers:
+        lines.append(f"- Published numbers held by a test: {paper.numbers}")
+    if paper.parity:
+        lines.append(f"- Outputs held by a test to: {paper.parity}")
     if paper.note:
         lines.append(f"- Here: {paper.note}")
     lines += _variants(page)
@@ -61,7 +65,9 @@ def proofs(page: Page) -> tuple[str, str, str]:
     numbers = f"{len(variants)} variant{'s' * (len(variants) > 1)}" if variants else ""
     on_timm = any("timm" in options for options in page.variants.values())
     measured = ", ".join(f"{entry['verdict']} ({entry['scale']})" for entry in evidence(page.name))
-    return numbers, "golden outputs" if parity else "timm's own" if on_timm else "", measured
+    assert page.paper
+    held = "golden outputs" if parity else "timm's own" if on_timm else page.paper.parity
+    return numbers or page.paper.numbers, held, measured
 
 
 def documents() -> dict[str, str]:

@@ -45,6 +45,8 @@ class Paper:
         licence: licence of that code as its repository states it.
         claim: what the paper says it gains, with the yardstick.
         builds_on: ids of pages that this page may import.
+        numbers: which published numbers a test holds, where they are not those of the page's own variants.
+        parity: what a test holds its outputs to, where that is no golden file of its own.
         note: where this page departs from the paper, or what it leaves to another page.
     """
 
@@ -56,6 +58,8 @@ class Paper:
     licence: str = ""
     claim: str = ""
     builds_on: tuple[str, ...] = ()
+    numbers: str = ""
+    parity: str = ""
     note: str = ""
 
 

@@ -37,6 +37,7 @@ PAPER = Paper(
         "on a par with full fine-tuning of RoBERTa, DeBERTa, GPT-2 and GPT-3 with up to 10,000 times fewer trainable "
         "parameters"
     ),
+    parity="peft, through which it runs",
     note=(
         "The paper adapts the query and value of attention; here all linear layers are, or the convolutions of a "
         "network that is mostly of those; targets=['qkv'] comes nearest to the paper."

@@ -30,6 +30,8 @@ PAPER = Paper(
         "80 parameters and 0.00047 GFLOPs on top of ResNet-50's 24.37 M and 3.86 G (units of 2^20 and 2^30) gain more "
         "than 2 % ImageNet top-1; ahead of squeeze-and-excitation at lower cost"
     ),
+    numbers="6 networks of eca_net",
+    parity="timm's EcaModule; golden outputs of the authors' networks (eca_net)",
     note="The networks of the paper are `eca_net/resnet50` and its like.",
 )
 

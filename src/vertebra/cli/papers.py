@@ -65,6 +65,8 @@ def card_text(page: Page) -> str:
             ),
             "claim": paper.claim,
             "builds on": ", ".join(paper.builds_on),
+            "numbers": paper.numbers,
+            "parity": paper.parity,
             "note": paper.note,
         }
         lines += [f"  {name:10} {value}" for name, value in facts.items() if value]

@@ -25,6 +25,7 @@ PAPER = Paper(
     year=2016,
     arxiv="1612.03144",
     claim="+8.0 points of average recall for proposals and +2.3 AP for Faster R-CNN on COCO over one map of ResNet-50",
+    parity="torchvision's FeaturePyramidNetwork",
     note='extra="p6p7" is RetinaNet\'s (arXiv 1708.02002), which takes it from the last map of the backbone.',
 )
 

@@ -31,6 +31,8 @@ PAPER = Paper(
         "73.9 % ImageNet top-1 from 1 % of the labels and 77.5 % from 10 % with ResNet-50; the fewer the labels, the "
         "more a bigger network and fine-tuning from the middle of the head gain"
     ),
+    numbers="7 encoders of sk_resnet",
+    parity="the loss in numpy; golden outputs of the port's encoders (sk_resnet)",
     note=(
         "Stage one, pretraining, with the layer of the head from which fine-tuning goes on; the recipe of fine-tuning "
         "and distillation with unlabelled images, stages two and three, are not here yet. The encoders are `sk_resnet`."

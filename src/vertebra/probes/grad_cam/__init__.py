@@ -67,6 +67,7 @@ PAPER = Paper(
     licence="",
     claim="class-discriminative maps for any CNN without change or re-training; ILSVRC15 val localisation error "
     "56.51 % top-1 with VGG-16",
+    parity="the packages grad-cam and captum",
     note="the layer is found through the backbone contract instead of named; captions and questions need a callable "
     "target; naming neurons is left out",
 )
