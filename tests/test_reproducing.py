@@ -126,6 +126,16 @@ def test_cells_are_kept_until_the_page_changes(page: paper.Page, tmp_path: Path)
     assert len(list(tmp_path.glob("reproduce/doubling/toy-*"))) == 2
 
 
+def test_evidence_names_the_commits_that_measured_it(page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def at(commit: str, seeds: int) -> str:
+        monkeypatch.setattr(reproducing.rundir, "surroundings", lambda: {"commit": commit})
+        return reproducing.reproduce("doubling", seeds=seeds, runs=tmp_path, out=None)["commit"]
+
+    assert at("a1", 2) == "a1"
+    assert at("b2", 2) == "a1"  # nothing was measured again
+    assert at("b2", 3) == "a1, b2"
+
+
 def test_a_broken_cell_names_itself_and_spares_the_others(page: paper.Page, tmp_path: Path) -> None:
     reproducing.reproduce("doubling", seeds=2, runs=tmp_path, out=None)
     folder = next(tmp_path.glob("reproduce/doubling/toy-*"))

@@ -52,6 +52,19 @@ class Cell:
     folder: str
 
 
+@dataclass(frozen=True)
+class Done:
+    """A measured cell, as it is stored.
+
+    Attributes:
+        values: metric -> value, and `seconds`.
+        commit: of the sources that measured it, which a later command that finds it stored cannot know.
+    """
+
+    values: Mapping[str, float]
+    commit: str | None
+
+
 def with_effects() -> list[str]:
     """Ids of the pages that have an effect to reproduce, read from their sources."""
     return [page.name for page in pages() if page.paper and "\ndef effect(" in page.path.read_text(encoding="utf-8")]
@@ -119,9 +132,10 @@ def reproduce(
     with _stoppable():
         shared = dict(_measured(cells([PREPARED]), jobs, fresh, tell)) if effect.prepare else {}
         found = dict(_measured(cells(effect.arms), jobs, fresh, tell))
+    cells_done = [*shared.values(), *found.values()]
     names = [*effect.metrics, "seconds"]
     values = {
-        arm: {name: np.array([found[arm, seed].get(name, math.nan) for seed in range(seeds)]) for name in names}
+        arm: {name: np.array([found[arm, seed].values.get(name, math.nan) for seed in range(seeds)]) for name in names}
         for arm in effect.arms
     }
     entry = {
@@ -132,10 +146,11 @@ def reproduce(
         "data": {"what": effect.data, "fingerprint": dataset.fingerprint if dataset else None},
         "seeds": seeds,
         "jobs": jobs,
-        "seconds": round(sum(values["seconds"] for values in (*shared.values(), *found.values())), 1),
-        "prepared_seconds": [values["seconds"] for values in shared.values()],
+        "seconds": round(sum(done.values["seconds"] for done in cells_done), 1),
+        "prepared_seconds": [done.values["seconds"] for done in shared.values()],
         **_summary(effect, Measured(values)),
         **rundir.surroundings(),
+        "commit": ", ".join(sorted({done.commit or "unknown" for done in cells_done})),
     }
     if out is not None:
         _write(out / f"{page.name}.json", entry)
@@ -171,15 +186,15 @@ def _key(page: Page, dataset: Dataset | None) -> str:
 
 def _measured(
     cells: Sequence[Cell], jobs: int, fresh: bool, tell: Callable[[str], None]
-) -> Iterator[tuple[tuple[str, int], Mapping[str, float]]]:
-    """(arm, seed) -> metric -> value, of stored cells first."""
+) -> Iterator[tuple[tuple[str, int], "Done"]]:
+    """(arm, seed) -> what was found, of stored cells first."""
     missing = []
     for cell in cells:
         file = Path(cell.folder) / "cell.json"
         if fresh or not file.is_file():
             missing.append(cell)
         else:
-            yield (cell.arm, cell.seed), json.loads(file.read_text(encoding="utf-8"))
+            yield (cell.arm, cell.seed), Done(**json.loads(file.read_text(encoding="utf-8")))
     if not missing:
         return
     jobs = min(jobs, len(missing))
@@ -190,9 +205,9 @@ def _measured(
         try:
             for done, future in enumerate(as_completed(futures), start=1):
                 cell = futures[future]
-                values = future.result()
-                tell(f"{done}/{len(missing)} {cell.arm}, seed {cell.seed}: {_words(values)}")
-                yield (cell.arm, cell.seed), values
+                found = future.result()
+                tell(f"{done}/{len(missing)} {cell.arm}, seed {cell.seed}: {_words(found.values)}")
+                yield (cell.arm, cell.seed), found
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
@@ -224,7 +239,7 @@ def _prepare(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _run(cell: Cell) -> dict[str, float]:
+def _run(cell: Cell) -> Done:
     """Measure a cell in this process and store it."""
     folder = Path(cell.folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -237,8 +252,9 @@ def _run(cell: Cell) -> dict[str, float]:
             f"{cell.page}, arm {cell.arm}, seed {cell.seed}: {type(error).__name__}: {error}"
         ) from error
     values["seconds"] = round(time.monotonic() - started, 2)
-    rundir.write_json(folder / "cell.json", values)
-    return values
+    done = Done(values, rundir.surroundings()["commit"])
+    rundir.write_json(folder / "cell.json", asdict(done))
+    return done
 
 
 def _measure(effect: Effect, cell: Cell, folder: Path) -> dict[str, float]:

@@ -113,6 +113,19 @@ def decode(
         raise DataError(f"{name}: {reason}; the image is damaged: copy or download it again, or remove it") from error
 
 
+def refuse_large(width: int, height: int, name: str, limit: int) -> None:
+    """Refuse an image before anything of it is decoded.
+
+    Raises:
+        DataError: it has more pixels than `limit`.
+    """
+    if width * height > limit:
+        raise DataError(
+            f"{name}: {width} x {height} pixels are more than the {limit} allowed; "
+            "make the image smaller, or raise VERTEBRA_MAX_PIXELS if you trust it"
+        )
+
+
 def pixel_limit() -> int:
     """Pixels that an image may have: $VERTEBRA_MAX_PIXELS, or `MAX_PIXELS`.
 
@@ -130,11 +143,7 @@ def pixel_limit() -> int:
 def _decode(file: BinaryIO, name: str, least: tuple[int, int] | None, limit: int) -> Image.Image:
     image = open_header(file, name)
     width, height = image.size
-    if width * height > limit:
-        raise DataError(
-            f"{name}: {width} x {height} pixels are more than the {limit} allowed; "
-            "make the image smaller, or raise VERTEBRA_MAX_PIXELS if you trust it"
-        )
+    refuse_large(width, height, name, limit)
     turned = orientation(image) >= 5
     if least and image.format == "JPEG":
         height_enough, width_enough = least[::-1] if turned else least  # as it is stored, not as it is shown

@@ -16,7 +16,7 @@ from PIL import Image
 
 from vertebra.data.dataset import Split
 from vertebra.data.folders import Files, is_image
-from vertebra.data.images import open_header, orientation, pixel_limit
+from vertebra.data.images import open_header, orientation, pixel_limit, refuse_large
 from vertebra.data.splits import split_of
 from vertebra.errors import DataError, UsageError
 
@@ -150,12 +150,7 @@ def _raw(file: Path, *, decoded: bool) -> tuple[Image.Image, int]:
     try:
         with file.open("rb") as stream:
             image = open_header(stream, str(file))
-            width, height = image.size
-            if width * height > (limit := pixel_limit()):
-                raise DataError(
-                    f"{file}: {width} x {height} pixels are more than the {limit} allowed; "
-                    "make it smaller, or raise VERTEBRA_MAX_PIXELS if you trust it"
-                )
+            refuse_large(*image.size, str(file), pixel_limit())
             if decoded and image.format == "JPEG":
                 raise DataError(f"{file} is a JPEG, which blurs the values of a mask; save masks as PNG")
             if decoded:

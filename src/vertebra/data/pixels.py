@@ -23,6 +23,7 @@ from torch import Tensor
 
 from vertebra.contracts import Preprocess
 from vertebra.data.dataset import Split
+from vertebra.data.splits import OnError
 from vertebra.errors import DataError, UsageError
 
 FILTERS = {
@@ -35,8 +36,6 @@ DRAFT_MARGIN = 2.0
 """How much larger than the resize target a reduced JPEG must stay; see `least_fitted`."""
 ROWS_AT_ONCE = 16
 STALE_SECONDS = 3600
-
-OnError = Literal["raise", "skip"]
 
 
 class Bad(NamedTuple):
