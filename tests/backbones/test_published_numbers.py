@@ -1,7 +1,7 @@
 """Every variant of every page has the parameters and multiply-accumulates that were published for it.
 
 `golden/<page>.json` holds the numbers, where they come from and how they were counted. Everything is counted on
-the meta device.
+the meta device. `nano` is ours, for tests and laptops: nobody published its numbers.
 """
 
 import json
@@ -10,14 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from vertebra.paper import pages
+from vertebra.paper import Page, pages
 from vertebra.spec import Spec
 from vertebra.training.cost import count
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CLASSES = 1000
 BACKBONES = [page for page in pages() if page.kind == "backbones"]
-VARIANTS = [(page.name, variant) for page in BACKBONES for variant in page.variants or ("",)]
+
+
+def published(page: Page) -> list[str]:
+    return [name for name, options in page.variants.items() if name != "nano" or "timm" in options] or [""]
+
+
+VARIANTS = [(page.name, variant) for page in BACKBONES for variant in published(page)]
 
 
 def golden(page: str) -> dict:
@@ -28,7 +34,7 @@ def golden(page: str) -> dict:
 
 @pytest.mark.parametrize("page", [page.name for page in BACKBONES])
 def test_every_variant_has_published_numbers(page):
-    variants = next(p.variants for p in BACKBONES if p.name == page) or ("",)
+    variants = published(next(p for p in BACKBONES if p.name == page))
     assert set(golden(page)["variants"]) == set(variants)
     assert golden(page)["source"] and golden(page)["counted"]
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vertebra.backbones import sk_resnet as page
-from vertebra.backbones.sk_resnet import VARIANTS, AveragePool, MaxPool, Selective, checkpoint_filter_fn, sk_resnet
+from vertebra.backbones.sk_resnet import VARIANTS, AveragePool, MaxPool, Selective, published, sk_resnet
 from vertebra.errors import UsageError, VertebraError
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "sk_resnet.json").read_text(encoding="utf-8"))
@@ -123,7 +123,7 @@ def test_weights_come_from_files_of_ours_and_of_the_port(tmp_path: Path) -> None
     port |= {"net.4.blocks.2.net.3.0.weight": "stages.3.2.middle.1.weight", "fc.weight": "fc.weight"}
     port |= {"net.4.blocks.2.net.3.weight": "stages.3.2.expand.0.weight"}
     zeros = {name: torch.zeros(()) for name in port}
-    assert list(checkpoint_filter_fn(zeros, source)) == list(port.values())
+    assert list(published(zeros, source)) == list(port.values())
     with pytest.raises(VertebraError, match="do not fit"):
         sk_resnet(**{**TINY, "dim": 8}, weights=str(tmp_path / "a.safetensors"))
 

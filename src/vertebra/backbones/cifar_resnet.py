@@ -5,84 +5,90 @@ halves the map takes every second pixel and pads the new channels with zeros (op
 The paper is that of ResNet (arXiv 1512.03385, section 4.2), whose large networks are timm's.
 """
 
-from collections.abc import Callable
-from typing import TypedDict, Unpack
+from collections.abc import Callable, Mapping
+from typing import Unpack
 
 from torch import Tensor, nn
 
+from vertebra.backbones.building import BackboneOptions, build, check_at_least, check_images
 from vertebra.contracts import Backbone, Features, Level, Preprocess
-from vertebra.errors import UsageError, near
 
 VARIANTS = {
-    "20": {"blocks": 3},
-    "32": {"blocks": 5},
-    "44": {"blocks": 7},
-    "56": {"blocks": 9},
-    "110": {"blocks": 18},
+    "20": {"blocks": 3, "image_size": 32},
+    "32": {"blocks": 5, "image_size": 32},
+    "44": {"blocks": 7, "image_size": 32},
+    "56": {"blocks": 9, "image_size": 32},
+    "110": {"blocks": 18, "image_size": 32},
+    "nano": {"blocks": 1, "image_size": 32},
 }
 
 
-class CifarResNetOptions(TypedDict, total=False):
+class CifarResNetOptions(BackboneOptions, total=False):
     """Options; a variant sets the first.
 
     Attributes:
         blocks: of two convolutions, a stage.
         width: channels of the first stage.
-        image_size: side in pixels that the preprocessing gives.
+        attention: channels -> a module that keeps the shape, put after the last norm of each branch.
     """
 
     blocks: int
     width: int
-    image_size: int
+    attention: Callable[[int], nn.Module] | None
 
 
-def cifar_resnet(
-    variant: str = "20",
-    *,
-    attention: Callable[[int], nn.Module] | None = None,
-    **options: Unpack[CifarResNetOptions],
-) -> "CifarResNet":
+def cifar_resnet(variant: str = "20", **options: Unpack[CifarResNetOptions]) -> "CifarResNet":
     """Build a variant; it has 6 blocks + 2 layers with its classifier.
 
     Args:
         variant: one of `VARIANTS`.
-        attention: channels -> a module that keeps the shape, put after the last norm of each branch.
         options: as in `CifarResNetOptions`; they win over the variant's.
 
     Raises:
         UsageError: an unknown variant, or an option below 1.
     """
-    if variant not in VARIANTS:
-        known = ", ".join(VARIANTS)
-        raise UsageError(f"cifar_resnet has no variant {variant!r}{near(variant, VARIANTS)}; it has {known}")
-    merged = {"width": 16, "image_size": 32, **VARIANTS[variant], **options}
-    for name, value in merged.items():
-        if value < 1:
-            raise UsageError(f"cifar_resnet: {name} is {value}; it must be at least 1")
-    return CifarResNet(attention=attention or (lambda channels: nn.Identity()), **merged)
+    colours = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    return build("cifar_resnet", VARIANTS, variant, options, CifarResNet, crop=1.0, interpolation="bilinear", **colours)
 
 
 class CifarResNet(Backbone):
-    """Three stages of residual blocks; build it with `cifar_resnet`."""
+    """Three stages of residual blocks; build it with `cifar_resnet`.
 
-    def __init__(self, *, blocks: int, width: int, image_size: int, attention: Callable[[int], nn.Module]) -> None:
+    Attributes:
+        stem: image to the first map.
+        blocks: of all stages.
+    """
+
+    pretrained_cfg: Mapping[str, str] = {"first_conv": "stem.0", "classifier": "head"}
+
+    def __init__(
+        self,
+        *,
+        preprocess: Preprocess,
+        blocks: int,
+        width: int = 16,
+        attention: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        check_at_least("cifar_resnet", 1, blocks=blocks, width=width)
         super().__init__()
-        widths = (width, 2 * width, 4 * width)
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        widths, made = (width, 2 * width, 4 * width), attention or (lambda channels: nn.Identity())
+        colours = preprocess.channels
+        self.stem = nn.Sequential(nn.Conv2d(colours, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
         self.blocks = nn.ModuleList()
         for before, after in zip((width, *widths), widths, strict=False):
             places = [(before, 1 + (before < after))] + [(after, 1)] * (blocks - 1)
-            self.blocks.extend(Residual(inputs, after, stride, attention(after)) for inputs, stride in places)
+            self.blocks.extend(Residual(inputs, after, stride, made(after)) for inputs, stride in places)
         self.per_stage = blocks
         self.levels = tuple(Level(channels, stride) for channels, stride in zip(widths, (1, 2, 4), strict=True))
         self.width = widths[-1]
-        self.preprocess = Preprocess((image_size, image_size), (0.5,) * 3, (0.25,) * 3, "bilinear")
+        self.preprocess = preprocess
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, images: Tensor) -> Features:
         """Images (B, 3, H, W) to features."""
+        check_images(self, images)
         x, maps = self.stem(images), []
         for number, block in enumerate(self.blocks, start=1):
             x = block(x)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor, nn
 
+from vertebra.backbones.building import load
 from vertebra.contracts import Backbone, Features, Level, Preprocess
 from vertebra.errors import UsageError, near
 from vertebra.shipping import weights as weight_files
@@ -81,15 +82,8 @@ def sk_resnet(
         preprocess=preprocess,
     )
     if weights not in (None, "random"):
-        weight_files.load(network, opened := _located(f"sk_resnet/{variant}", weights, allow_pickle), channels)
-        network.weights_info = opened.info
+        network.weights_info = load(network, f"sk_resnet/{variant}", weights, allow_pickle)
     return network
-
-
-def _located(name: str, weights: str, allow_pickle: bool) -> weight_files.Opened:
-    if weights == "pretrained":
-        raise UsageError(f"{name} has no weights that are fetched; convert the published ones and give the file")
-    return weight_files.locate(name, weights, allow_pickle=allow_pickle)
 
 
 def _check(chosen: Mapping[str, Any], dim: int, stem: str, channels: int) -> None:
@@ -270,8 +264,8 @@ PORT = {
 """Key names of the published weights' PyTorch port (Separius/SimCLRv2-Pytorch) below a block -> ours."""
 
 
-def checkpoint_filter_fn(state: Mapping[str, Tensor], network: SKResNet) -> dict[str, Tensor]:
-    """A state dict of the port with our key names; any other as it is. The name is the one that timm's modules use.
+def published(state: Mapping[str, Tensor], network: SKResNet) -> dict[str, Tensor]:
+    """A state dict of the port with our key names; any other as it is.
 
     The port's file is a pickle of `{"resnet": ..., "head": ...}`: `resnet` is what goes in here, and `head` has the
     key names of `vertebra.methods.simclr_v2.ProjectionHead`.

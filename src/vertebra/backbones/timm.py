@@ -21,6 +21,7 @@ from timm import is_model
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 from torch import Tensor, nn
 
+from vertebra.backbones.building import for_channels, pair
 from vertebra.backbones.twin import FAILURES, Blueprint, Size, accepted, features, measure, runs, trial
 from vertebra.contracts import Backbone, Features, Preprocess
 from vertebra.errors import UsageError, near
@@ -90,7 +91,7 @@ def timm(
     opened = None if source == "random" else weight_files.locate(name, source, allow_pickle=allow_pickle)
     stated: Mapping[str, Any] = opened.config if opened else {}
     if size is None and "input_size" in stated:
-        size = _pair(stated["input_size"][1:])
+        size = pair(stated["input_size"][1:])
     blueprint = _blueprint(name, channels, size, {**(opened.options if opened else {}), **(network or {})})
     built: Any = blueprint.build(drop_path)
     if opened:
@@ -201,16 +202,7 @@ def _checked(
     for key in network:
         if key in _OURS:
             raise UsageError(f"timm/{name}: network has {key!r}, which is not passed on; {_OURS[key]}")
-    return _pair(image_size)
-
-
-def _pair(size: int | Sequence[int] | None) -> Size | None:
-    if size is None:
-        return None
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or any(not isinstance(side, int) or side < 1 for side in pair):
-        raise UsageError(f"image_size is {size!r}; write a side in pixels or (height, width), as 224 or (224, 288)")
-    return pair[0], pair[1]
+    return None if image_size is None else pair(image_size)
 
 
 def _own_size(name: str) -> Size:
@@ -299,15 +291,9 @@ def preprocess_of(config: Mapping[str, Any], channels: int = 3, size: Size | Non
     interpolation = config.get("interpolation")
     return Preprocess(
         size=size or (height, width),
-        mean=_for_channels(config["mean"], channels),
-        std=_for_channels(config["std"], channels),
+        mean=for_channels(config["mean"], channels),
+        std=for_channels(config["std"], channels),
         interpolation=interpolation if interpolation in ("nearest", "bilinear", "lanczos") else "bicubic",
         crop=config.get("crop_pct", 1.0),
         fit="squash" if config.get("crop_mode") == "squash" else "crop",
     )
-
-
-def _for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    if channels == 1:
-        return (sum(values) / len(values),)
-    return tuple(values[i % len(values)] for i in range(channels))

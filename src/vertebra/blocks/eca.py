@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vertebra.contracts import Check, Effect, Measured
 from vertebra.data.dataset import Dataset, Split
-from vertebra.errors import DataError, UsageError
+from vertebra.errors import UsageError
 from vertebra.paper import Paper
 
 PAPER = Paper(
@@ -127,13 +127,10 @@ _SETTINGS = {"toy": _Setting(3, 16, 4000, 20), "gpu": _Setting(9, 32, 50_000, 60
 
 def effect(scale: Literal["toy", "gpu"], data: Dataset | None) -> Effect:
     """ECA beside no attention, squeeze-and-excitation, a kernel of 1, and neighbours that mean nothing."""
-    from vertebra.data import read
+    from vertebra.arms import parts
 
-    chosen, setting = data or read("digits"), _SETTINGS[scale]
-    if chosen.label != "single":
-        raise DataError(f"eca: {chosen.path} has {chosen.label}-label targets; the effect needs one class an image")
-    judged = chosen.split("test" if "test" in chosen.splits else "val")
-    train, test = _few(chosen.split("train"), setting.images), _few(judged, setting.images // 2)
+    setting = _SETTINGS[scale]
+    train, test, words = parts(PAPER.id, data, setting.images)
 
     def measure(arm: str, seed: int, folder: Path) -> Mapping[str, float]:
         return _measure(arm, seed, setting, train, test)
@@ -149,41 +146,25 @@ def effect(scale: Literal["toy", "gpu"], data: Dataset | None) -> Effect:
             f"ResNet-{6 * setting.blocks + 2} at {setting.size} pixels and {len(train)} images: differences of a point "
             "or less need more seeds than three; the paper's gain is on ImageNet with ResNet-50"
         ),
-        data=f"{Path(chosen.path).name}: {len(train)} training and {len(test)} test images",
+        data=words,
     )
 
 
-def _few(split: Split, images: int) -> Split:
-    """A part of a split with the same mix of classes, the same for every arm and seed."""
-    from vertebra.data.dataset import stratified
-
-    if len(split) <= images or split.targets is None:
-        return split
-    return split.select(stratified(split.targets, (images / len(split),), seed=0)[0])
-
-
 def _measure(arm: str, seed: int, setting: _Setting, train: Split, test: Split) -> Mapping[str, float]:
+    from vertebra.arms import added, trained
     from vertebra.backbones.cifar_resnet import cifar_resnet
     from vertebra.config import Plan, Views
-    from vertebra.data.loader import Batches
-    from vertebra.methods.supervised import Supervised
-    from vertebra.tasks.classify import classify
-    from vertebra.training.loop import evaluate, fit
 
     torch.manual_seed(seed)
     size, blocks = setting.size, setting.blocks
     backbone = cifar_resnet(blocks=blocks, image_size=size, attention=_ARMS[arm][1])
-    plain = cifar_resnet(blocks=blocks, image_size=size)
-    model = classify(backbone, train.classes)
     views = Views(scale=(0.6, 1.0))
     plan = Plan(
         epochs=setting.epochs, batch=64, optimizer="sgd", lr=0.05, weight_decay=5e-4, clip=None, views=views, seed=seed
     )
-    batches = Batches(train, backbone.preprocess, views=views, batch=plan.batch, seed=seed, workers=0)
-    fit(Supervised(model), batches, plan)
-    found = evaluate(model, Batches(test, backbone.preprocess, views=None, batch=256, seed=seed, workers=0))
-    sizes = [sum(tensor.numel() for tensor in network.parameters()) for network in (backbone, plain)]
-    return {"top1": found["top1"], "nll": found["nll"], "added": 100 * (sizes[0] / sizes[1] - 1)}
+    scores = trained(backbone, train, test, plan).scores
+    plain = cifar_resnet(blocks=blocks, image_size=size)
+    return {"top1": scores["top1"], "nll": scores["nll"], "added": added(backbone, plain)}
 
 
 def _checks(measured: Measured) -> Sequence[Check]:

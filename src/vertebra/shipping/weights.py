@@ -289,13 +289,14 @@ def read(opened: Opened) -> dict[str, Tensor]:
 
 
 def load(network: nn.Module, opened: Opened, channels: int) -> None:
-    """Put a weight file's tensors into a network of timm's, all of them or none.
+    """Put a weight file's tensors into a network, all of them or none.
 
     Wrappers' prefixes ("module.", "model.", "backbone.") are taken off and classifiers left out. Where that is
-    not enough, timm's own conversions rename old keys, resize position tables and adapt the first convolution.
+    not enough, timm's own conversions, or `published` of the network's page, rename old keys and resize position
+    tables, and the first convolution is adapted.
 
     Args:
-        network: timm's module, without its classifier.
+        network: timm's module, without its classifier, or a backbone with a `pretrained_cfg`.
         opened: what `locate` found.
         channels: image channels of the network.
 
@@ -323,7 +324,8 @@ def _unfit(opened: Opened, network: nn.Module, problems: list[str]) -> VertebraE
 
 
 def _converted(state: dict[str, Tensor], network: Any, channels: int) -> dict[str, Tensor]:
-    convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    module = sys.modules[type(network).__module__]
+    convert = getattr(module, "checkpoint_filter_fn", None) or getattr(module, "published", None)  # timm's word, ours
     state = convert(state, network) if convert else dict(state)
     for name in _names(network.pretrained_cfg.get("first_conv")):
         key = f"{name}.weight"
