@@ -115,9 +115,10 @@ class Residual(nn.Module):
             nn.BatchNorm2d(outputs),
             attention,
         )
+        self.activation = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, inputs, H, W) to (B, outputs, H / stride, W / stride)."""
         shortcut = x[:, :, :: self.stride, :: self.stride]
         before = self.more // 2
-        return (self.branch(x) + nn.functional.pad(shortcut, (0, 0, 0, 0, before, self.more - before))).relu()
+        return self.activation(self.branch(x) + nn.functional.pad(shortcut, (0, 0, 0, 0, before, self.more - before)))
