@@ -21,7 +21,6 @@ CASES = [
     ("resnet_rs/50", "resnetrs50", (65, 47), {}),
     ("resnext/50_32x4d", "resnext50_32x4d", (65, 47), {}),
     ("swin/tiny", "swin_tiny_patch4_window7_224", (36, 60), {"strict_img_size": False}),
-    ("vovnet/39", "vovnet39a", (65, 47), {}),
 ]
 
 
