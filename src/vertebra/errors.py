@@ -32,6 +32,10 @@ class ParityError(VertebraError):
     exit_code = 4
 
 
+class DivergedError(VertebraError):
+    """A training's loss or gradient is not finite; the weights are as they were before that step. Exit code 1."""
+
+
 class Preempted(VertebraError):
     """SIGTERM arrived and a good checkpoint was written; exit code 75, schedulers start the run again."""
 

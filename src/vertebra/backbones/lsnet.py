@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vertebra.backbones.building import BackboneOptions, build, check_at_least, check_images, drop_rates
+from vertebra.blocks.dilated_reparam import filled, folded
 from vertebra.blocks.ls_conv import aggregate, conv_norm, ls_conv
 from vertebra.contracts import Backbone, Check, Effect, Features, Level, Measured, Preprocess
 from vertebra.data.dataset import Dataset, Split
@@ -213,24 +214,10 @@ class RepDepthwise(nn.Module):
 
     def fused(self) -> nn.Conv2d:
         """The convolution that gives the same in evaluation."""
-        conv: Any = self.large.conv
-        fused = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, groups=conv.groups)
-        weight, bias = _folded(self.large)
-        centre, shift = _folded(self.small)
-        weight[:, :, 1:2, 1:2] += centre + 1
-        fused = fused.to(conv.weight.device, conv.weight.dtype)
-        with torch.no_grad():
-            fused.weight.copy_(weight)
-            fused.bias.copy_(bias + shift)  # type: ignore[union-attr]
-        return fused
-
-
-def _folded(pair: Any) -> tuple[Tensor, Tensor]:
-    """Weight and bias, in 64 bit, of a convolution with its norm."""
-    norm = pair.norm
-    gain = norm.weight.detach().double() * (norm.running_var.double() + norm.eps).rsqrt()
-    weight = pair.conv.weight.detach().double() * gain[:, None, None, None]
-    return weight, norm.bias.detach().double() - norm.running_mean.double() * gain
+        pairs: list[Any] = [self.large, self.small]
+        (weight, bias), (centre, shift) = (folded(pair.conv.weight, pair.norm) for pair in pairs)
+        weight = weight + nn.functional.pad(centre + 1, (1, 1, 1, 1))
+        return filled(nn.Conv2d(len(weight), len(weight), 3, padding=1, groups=len(weight)), weight, bias + shift)
 
 
 class Attention(nn.Module):

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from vertebra.config import Plan
 from vertebra.contracts import Batch, Curriculum, Method, Progress, TaskModel
-from vertebra.errors import Interrupted, Preempted, UsageError, VertebraError
+from vertebra.errors import DivergedError, Interrupted, Preempted, UsageError, VertebraError
 from vertebra.training import checkpoint, memory
 from vertebra.training.averaging import Average
 from vertebra.training.launching import launch
@@ -120,7 +120,8 @@ def fit(
 
     Raises:
         UsageError: a plan that this method or this machine cannot follow.
-        VertebraError: the loss is not finite, one image does not fit in memory, or a checkpoint cannot be written.
+        DivergedError: the loss is not finite.
+        VertebraError: one image does not fit in memory, or a checkpoint cannot be written.
         Preempted: SIGTERM.
         Interrupted: Ctrl-C.
     """
@@ -372,7 +373,7 @@ class Training:
             checkpoint.save_batch(folder, batch, {"step": self.history.step, "loss": str(loss), "images": seen})
             kept = f"; its batch is in {folder}"
         lr = self.optimizer.param_groups[-1]["lr"]
-        raise VertebraError(
+        raise DivergedError(
             f"{what} at step {self.history.step + 1}{kept}; the weights are as they were before it; try a lower plan.lr"
             f" (the rate is {lr:.2g}), a smaller plan.clip (it is {self.plan.clip}) or plan.precision=32-true"
         )

@@ -16,7 +16,7 @@ from vertebra.blocks.rezero import EncoderLayer, Residual, jacobian_spectrum
 from vertebra.config import Plan, Views
 from vertebra.contracts import Backbone, Batch, Features, Preprocess, Progress
 from vertebra.data.dataset import Split
-from vertebra.errors import VertebraError
+from vertebra.errors import DivergedError
 from vertebra.methods.supervised import Supervised
 from vertebra.surgery.rezero import rezero as gated
 from vertebra.tasks.classify import classify
@@ -162,9 +162,7 @@ def _rows(network: Deep, train: Split, test: Split, plan: Plan) -> list[dict[str
     """The epochs of a training; none where the loss stopped being finite, which ends it."""
     try:
         return run(network, train, test, plan)[0].history.rows
-    except VertebraError as error:
-        if "finite" not in str(error):
-            raise
+    except DivergedError:
         return []
 
 
