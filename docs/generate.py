@@ -44,7 +44,9 @@ def _variants(page: Page) -> list[str]:
     lines = ["", "| address | parameters (M) | GMACs | at | options |", "|---|---|---|---|---|"]
     for name, options in page.variants.items():
         known = numbers.get(name, {})
-        cells = [str(known.get(key) or "") for key in ("params_m", "gmacs", "resolution")]
+        sides = known.get("resolution") or ""
+        at = " x ".join(map(str, sides)) if isinstance(sides, list) else str(sides)
+        cells = [*(str(known.get(key) or "") for key in ("params_m", "gmacs")), at]
         listed = ", ".join(f"{key}={value}" for key, value in options.items())
         lines.append(f"| `{page.name}/{name}` | {' | '.join(cells)} | {listed} |")
     return lines
