@@ -21,7 +21,7 @@ from timm import is_model
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 from torch import Tensor, nn
 
-from vertebra.backbones.building import for_channels, pair
+from vertebra.backbones.building import B, build, for_channels, pair
 from vertebra.backbones.twin import FAILURES, Blueprint, Size, accepted, features, measure, runs, trial
 from vertebra.contracts import Backbone, Features, Preprocess
 from vertebra.errors import UsageError, near
@@ -116,6 +116,41 @@ def build_variant(
         raise UsageError(f"{page} has no variant {variant!r}{near(variant, variants)}; it has {', '.join(variants)}")
     defaults = dict(variants[variant])
     return timm(defaults.pop("timm"), **{**defaults, **options})
+
+
+def build_either(
+    page: str,
+    variants: Mapping[str, Mapping[str, Any]],
+    variant: str,
+    options: Mapping[str, Any],
+    make: Callable[..., B],
+    **preprocessing: Any,
+) -> "Timm | B":
+    """Build a variant of a page that has timm's networks and ones of its own: those whose entry does not name timm's.
+
+    Args:
+        page: its name.
+        variants: variant -> options.
+        variant: one of them.
+        options: those of `TimmOptions` for either kind (`network` for timm's alone), any other for its own.
+        make: as in `vertebra.backbones.building.build`.
+        preprocessing: likewise.
+
+    Raises:
+        UsageError: an unknown variant, or an option of the other kind of network.
+    """
+    if "timm" not in variants.get(variant, {"timm": ""}):
+        if options.get("network"):
+            raise UsageError(f"{page}/{variant} is none of timm's networks; leave network=... out")
+        own = {name: value for name, value in options.items() if name != "network"}
+        return build(page, variants, variant, own, make, **preprocessing)
+    foreign = sorted(options.keys() - TimmOptions.__annotations__.keys())
+    if foreign and variant in variants:
+        others = [name for name, entry in variants.items() if "timm" not in entry]
+        raise UsageError(
+            f"{page}/{variant} is timm's network and has no option {', '.join(foreign)}; {', '.join(others)} have"
+        )
+    return build_variant(page, variants, variant, options)
 
 
 class Timm(Backbone):
