@@ -1,8 +1,8 @@
 """DPN: a residual path that is added to and a dense path that is concatenated to, in every block.
 
-Each block (`vertebra.blocks.dual_path`) reads both paths at once and writes to both, so features are reused as in ResNet
-and new ones are kept as in DenseNet. The maps of the pyramid are both paths concatenated. The 3 x 3 convolutions are
-grouped; norms stand before the convolutions, with eps 1e-3.
+Each block (`vertebra.blocks.dual_path`) reads both paths at once and writes to both, so features are reused as in
+ResNet and new ones are kept as in DenseNet. The maps of the pyramid are both paths concatenated. The 3 x 3
+convolutions are grouped; norms stand before the convolutions, with eps 1e-3.
 
 timm follows the authors' MXNet networks and carries their weights. 48b is timm's own, smaller; the `b` networks end
 each block in two convolutions instead of one, at the same parameter count. Written here (`DPN`) is what takes other
@@ -137,17 +137,8 @@ class DPN(Backbone):
             units = []
             for unit in range(depth):
                 stride = 2 if stage and not unit else 1
-                units.append(
-                    DualPath(
-                        inputs,
-                        inner[stage],
-                        residual[stage],
-                        growth[stage],
-                        groups=groups,
-                        stride=stride,
-                        first=not unit,
-                    )
-                )
+                widths_of = inner[stage], residual[stage], growth[stage]
+                units.append(DualPath(inputs, *widths_of, groups=groups, stride=stride, first=not unit))
                 inputs = residual[stage] + (3 + unit) * growth[stage]
             stages.append(nn.Sequential(*units))
             widths.append(inputs)

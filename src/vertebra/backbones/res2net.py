@@ -23,8 +23,8 @@ from timm.layers.squeeze_excite import SEModule
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from vertebra.backbones.building import build, check_at_least, check_images, drop_rates
-from vertebra.backbones.timm import Timm, TimmOptions, build_variant
+from vertebra.backbones.building import check_at_least, check_images, drop_rates
+from vertebra.backbones.timm import Timm, TimmOptions, build_either
 from vertebra.blocks.hierarchical_conv import Form, hierarchical_conv
 from vertebra.contracts import Backbone, Check, Effect, Features, Level, Measured, Preprocess
 from vertebra.errors import UsageError
@@ -164,18 +164,7 @@ def res2net(variant: str = "50_26w_4s", **options: Unpack[Res2NetOptions]) -> "T
         UsageError: an unknown variant, or an option out of range or of another kind of network.
         VertebraError: weights that are not here or do not fit.
     """
-    if "timm" not in VARIANTS.get(variant, {"timm": ""}):
-        if options.get("network"):
-            raise UsageError(f"res2net/{variant} is none of timm's networks; leave network=... out")
-        own = {name: value for name, value in options.items() if name != "network"}
-        return build(PAPER.id, VARIANTS, variant, own, Res2Net, interpolation="bilinear")
-    foreign = sorted(options.keys() & Res2NetOptions.__annotations__.keys() - TimmOptions.__annotations__.keys())
-    if foreign and variant in VARIANTS:
-        raise UsageError(
-            f"res2net/{variant} is timm's network and has no option {', '.join(foreign)}; build 200_vd or"
-            " next29_6c_24w_4s with it"
-        )
-    return build_variant(PAPER.id, VARIANTS, variant, options)
+    return build_either(PAPER.id, VARIANTS, variant, options, Res2Net, interpolation="bilinear")
 
 
 class Res2Net(Backbone):

@@ -3,8 +3,8 @@
 Shapes: a pair of maps (B, R, H, W) and (B, D, H, W) in, a pair (B, R, h, w) and (B, D + growth, h, w) out; a first unit
 of a stage takes one map and makes the pair. Both paths together are normed, activated and convolved (1 x 1, grouped
 3 x 3, 1 x 1); the first channels of the result are added to the residual path, the others appended to the dense one
-(arXiv 1707.01629, equations 6 to 10). With no growth it is a pre-activation residual unit, with no residual path a dense
-layer. No page: a tool of `vertebra.backbones.dpn`.
+(arXiv 1707.01629, equations 6 to 10). With no growth it is a pre-activation residual unit, with no residual path a
+dense layer. No page: a tool of `vertebra.backbones.dpn`.
 """
 
 from typing import TypeAlias

@@ -25,7 +25,7 @@ from vertebra.errors import UsageError, VertebraError, near
 
 _PICKLES = (".pth", ".pt", ".th", ".bin", ".ckpt", ".tar", ".pkl")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.", "network.")
-_NESTS = ("state_dict_ema", "model_ema", "state_dict", "model")
+_NESTS = ("state_dict_ema", "model_ema", "state_dict", "model", "network_weights")
 
 
 @dataclass(frozen=True)

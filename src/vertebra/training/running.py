@@ -21,6 +21,7 @@ from vertebra.data import read
 from vertebra.data.dataset import Dataset, Split, stratified
 from vertebra.data.loader import Batches
 from vertebra.errors import DataError, UsageError
+from vertebra.methods.assisted import supervised
 from vertebra.methods.supervised import Supervised
 from vertebra.paper import find_page
 from vertebra.spec import Spec, options_of
@@ -200,7 +201,7 @@ def build(run: Run, data: Material) -> Method:
         backbone = run.adapter.build(backbone)
     if run.method is not None:
         return run.method.build(backbone)
-    return Supervised(_classifier(run, data, backbone))
+    return supervised(_classifier(run, data, backbone))
 
 
 def _classifier(run: Run, data: Material, backbone: Backbone) -> Classify:
