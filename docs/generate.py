@@ -23,7 +23,9 @@ def render(page: Page) -> str:
     if paper.claim:
         lines.append(f"- Claim: {paper.claim}")
     if paper.builds_on:
-        lines.append("- Builds on: " + ", ".join(f"[{other}]({other}.md)" for other in paper.builds_on))
+        carded = {other.name for other in pages() if other.paper}
+        named = (f"[{other}]({other}.md)" if other in carded else f"`{other}`" for other in paper.builds_on)
+        lines.append("- Builds on: " + ", ".join(named))
     if paper.numbers:
         lines.append(f"- Published numbers held by a test: {paper.numbers}")
     if paper.parity:

@@ -234,7 +234,7 @@ def difference(found: Tensor, expected: Tensor, name: str = "output") -> float:
         raise ParityError(f"{name} has shape {tuple(found.shape)}, the reference's has {tuple(expected.shape)}")
     if not expected.numel():
         return 0.0
-    found, expected = found.double(), expected.double()
+    found, expected = found.detach().double(), expected.detach().double()
     share = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
     return share if np.isfinite(share) else float("inf")
 
