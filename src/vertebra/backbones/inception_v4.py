@@ -19,11 +19,11 @@ import torch
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
-from vertebra.backbones.building import build, check_at_least, check_images, drop_rates
-from vertebra.backbones.timm import Timm, TimmOptions, build_variant
+from vertebra.backbones.building import check_at_least, check_images, drop_rates
+from vertebra.backbones.timm import Timm, TimmOptions, build_either
 from vertebra.blocks.scaled_residual import scaled_residual
 from vertebra.contracts import Backbone, Features, Level, Preprocess
-from vertebra.errors import UsageError, near
+from vertebra.errors import UsageError
 from vertebra.paper import Paper
 from vertebra.parity import convert
 
@@ -59,8 +59,6 @@ VARIANTS = {
     },
 }
 
-_OWN = ("depths", "scales", "width", "padding", "stem_stride", "final")
-
 
 class InceptionOptions(TimmOptions, total=False):
     """Options; timm's variants take those of `TimmOptions`, the others all but `network`.
@@ -93,19 +91,9 @@ def inception_v4(variant: str = "v4", **options: Unpack[InceptionOptions]) -> "T
     Raises:
         UsageError: an unknown variant, or an option that is out of range or not the variant's.
     """
-    if variant not in VARIANTS:
-        raise UsageError(
-            f"{PAPER.id} has no variant {variant!r}{near(variant, VARIANTS)}; it has {', '.join(VARIANTS)}"
-        )
-    timms, chosen = "timm" in VARIANTS[variant], dict(options)
-    for name in _OWN if timms else ("network",):
-        if chosen.pop(name, None) is not None:
-            able = ", ".join(other for other in VARIANTS if ("timm" in VARIANTS[other]) != timms)
-            raise UsageError(f"{PAPER.id}/{variant} does not take the option {name}; those that do: {able}")
-    if timms:
-        return build_variant(PAPER.id, VARIANTS, variant, chosen)
     crop = 1.0 if variant == "nano" else 0.875
-    return build(PAPER.id, VARIANTS, variant, chosen, InceptionResNet, mean=(0.5,) * 3, std=(0.5,) * 3, crop=crop)
+    colours = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    return build_either(PAPER.id, VARIANTS, variant, options, InceptionResNet, crop=crop, **colours)
 
 
 class _Conv(NamedTuple):

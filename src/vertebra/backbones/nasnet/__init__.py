@@ -19,7 +19,7 @@ from typing import Literal, Unpack
 
 from torch import Tensor, nn
 
-from vertebra.backbones.building import build, check_at_least, check_images
+from vertebra.backbones.building import check_at_least, check_images
 from vertebra.backbones.nasnet.cell import (
     NASNET_A,
     Genotype,
@@ -29,9 +29,9 @@ from vertebra.backbones.nasnet.cell import (
     conv_norm,
     initialise,
 )
-from vertebra.backbones.timm import Timm, TimmOptions, build_variant
+from vertebra.backbones.timm import Timm, TimmOptions, build_either
 from vertebra.contracts import Backbone, Features, Level, Preprocess
-from vertebra.errors import UsageError, near
+from vertebra.errors import UsageError
 from vertebra.paper import Paper
 from vertebra.parity import Rules, convert
 
@@ -58,8 +58,6 @@ VARIANTS = {
     "cifar": {"depth": 6, "width": 32, "stem": "cifar", "stem_width": 96, "eps": 1e-5, "image_size": 32},
     "nano": {"depth": 1, "width": 10, "stem": "cifar", "stem_width": 30, "eps": 1e-5, "image_size": 32},
 }
-
-_OWN = ("depth", "width", "stem", "stem_width", "genotype", "padding", "skip_reduction", "eps")
 
 
 class NasNetOptions(TimmOptions, total=False):
@@ -99,19 +97,9 @@ def nasnet(variant: str = "large", **options: Unpack[NasNetOptions]) -> "Timm | 
     Raises:
         UsageError: an unknown variant or operation, or an option that is out of range or not the variant's.
     """
-    if variant not in VARIANTS:
-        raise UsageError(
-            f"{PAPER.id} has no variant {variant!r}{near(variant, VARIANTS)}; it has {', '.join(VARIANTS)}"
-        )
-    timms, chosen = "timm" in VARIANTS[variant], dict(options)
-    for name in _OWN if timms else ("network",):
-        if chosen.pop(name, None) is not None:
-            able = ", ".join(other for other in VARIANTS if ("timm" in VARIANTS[other]) != timms)
-            raise UsageError(f"{PAPER.id}/{variant} does not take the option {name}; those that do: {able}")
-    if timms:
-        return build_variant(PAPER.id, VARIANTS, variant, chosen)
     crop = 0.875 if variant == "mobile" else 1.0
-    return build(PAPER.id, VARIANTS, variant, chosen, NASNet, mean=(0.5,) * 3, std=(0.5,) * 3, crop=crop)
+    colours = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    return build_either(PAPER.id, VARIANTS, variant, options, NASNet, crop=crop, **colours)
 
 
 class NASNet(Backbone):
