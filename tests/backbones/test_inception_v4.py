@@ -114,9 +114,9 @@ def test_drop_path_drops_residuals_in_training_alone():
 def test_wrong_options_are_refused():
     with pytest.raises(UsageError, match="has no variant 'resnet_v3'"):
         inception_v4("resnet_v3")
-    with pytest.raises(UsageError, match="v4 is timm.s network and has no option final; resnet_v1"):
+    with pytest.raises(UsageError, match="v4 is timm's network and has no option final; resnet_v1"):
         inception_v4("v4", final=True)
-    with pytest.raises(UsageError, match="nano is none of timm.s networks"):
+    with pytest.raises(UsageError, match="nano is none of timm's networks"):
         inception_v4("nano", network={"pad_type": "same"})
     with pytest.raises(UsageError, match=r"depths \(1, 1\)"):
         inception_v4("nano", depths=(1, 1))  # type: ignore[typeddict-item]

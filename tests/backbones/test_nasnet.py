@@ -191,9 +191,9 @@ def test_auxiliary_head_reads_the_last_level_but_one():
 def test_wrong_options_are_refused():
     with pytest.raises(UsageError, match="has no variant 'mobil'"):
         nasnet("mobil")
-    with pytest.raises(UsageError, match="large is timm.s network and has no option depth; mobile, cifar, nano have"):
+    with pytest.raises(UsageError, match="large is timm's network and has no option depth; mobile, cifar, nano have"):
         nasnet("large", depth=2)
-    with pytest.raises(UsageError, match="mobile is none of timm.s networks"):
+    with pytest.raises(UsageError, match="mobile is none of timm's networks"):
         nasnet("mobile", network={"pad_type": "same"})
     with pytest.raises(UsageError, match="stem is 'plain'"):
         nasnet("nano", stem="plain")  # type: ignore[typeddict-item]
