@@ -68,8 +68,8 @@ def measured(arm: str, seed: int, train: "Split", test: "Split", setting: Settin
     cost = count(backbone)
     found = {"top1": scores["top1"], "seconds": scores["seconds"], "macs": cost.macs / 1e6, "params": cost.params / 1e6}
     if arm in ("mixed", "convnext"):
-        found["field"] = field(backbone.eval(), photos(test, 48, setting.field, backbone))
-        found["field_start"] = field(fresh(arm, test), photos(test, 8, NATIVE, backbone))
+        found["field"], found["half"] = fields(backbone.eval(), photos(test, 48, setting.field, backbone))
+        found["field_start"], found["half_start"] = fields(fresh(arm, test), photos(test, 8, NATIVE, backbone))
     return found
 
 
@@ -121,11 +121,12 @@ def photos(test: "Split", number: int, size: int, backbone: Backbone) -> Tensor:
     return (pixels - mean) / std
 
 
-def field(backbone: Backbone, images: Tensor) -> float:
-    """Area of the smallest centred square that holds 99 % of the gradient, in percent of the image's."""
+def fields(backbone: Backbone, images: Tensor) -> tuple[float, float]:
+    """Areas of the smallest centred squares that hold 99 and 50 % of the gradient, in percent of the image's."""
     from vertebra.probes.receptive_field import contributions, share_radius
 
-    return 100 * share_radius(contributions(backbone, images), SHARE) ** 2
+    seen = contributions(backbone, images)
+    return 100 * share_radius(seen, SHARE) ** 2, 100 * share_radius(seen, 0.5) ** 2
 
 
 EPOCHS = 8
