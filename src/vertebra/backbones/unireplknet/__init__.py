@@ -47,8 +47,8 @@ PAPER = Paper(
         " forecasts and on audio with the same architecture"
     ),
     note=(
-        "Published parameters are those of the deployed network (`deploy=True`). Detection and segmentation, the authors' "
-        "weather and point cloud tasks, and a comparison on a GPU are not reproduced."
+        "Published parameters are those of the deployed network (`deploy=True`). Detection and segmentation, the "
+        "authors' weather and point cloud tasks, and a comparison on a GPU are not reproduced."
     ),
 )
 
@@ -459,8 +459,8 @@ def effect(scale: Literal["toy", "gpu"], data: "Dataset | None") -> Effect:
         limits=(
             f"nets of 0.2 M parameters, {len(train)} images of 32 pixels and {setting.epochs} epochs: differences of a"
             " point in top-1 are within the spread of three seeds, and a kernel of 13 covers most of a map of 16 cells;"
-            " fields are shares of the image's area that hold 99 % of the gradient (halves: 50 %), at the start of UniRepLKNet-A and"
-            " ConvNeXt-Atto at 224 pixels with residual branches at full scale, after training of the small nets at"
+            " fields are shares of the image's area that hold 99 % of the gradient (halves: 50 %), at the start of"
+            " UniRepLKNet-A and ConvNeXt-Atto at 224 pixels with residual branches at full scale, after training of the small nets at"
             f" {setting.field} pixels; the nets that are trained start with layer scales of 0.1, since 1e-6 would need"
             " longer; tones and series are generated"
         ),
