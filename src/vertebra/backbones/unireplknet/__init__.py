@@ -461,7 +461,7 @@ def effect(scale: Literal["toy", "gpu"], data: "Dataset | None") -> Effect:
             " point in top-1 are within the spread of three seeds, and a kernel of 13 covers most of a map of 16 cells;"
             " fields are shares of the image's area that hold 99 % of the gradient (halves: 50 %), at the start of"
             " UniRepLKNet-A and ConvNeXt-Atto at 224 pixels with residual branches at full scale, after training of the"
-            f" small nets at {setting.field} pixels; the nets that are trained start with layer scales of 0.1, since 1e-6"
+            f" small nets at {setting.field} pixels; nets that are trained start with layer scales of 0.1, since 1e-6"
             " would need longer; tones and series are generated"
         ),
         data=f"{words}; generated tones and series",
