@@ -70,7 +70,7 @@ def proofs(page: Page) -> tuple[str, str, str]:
     on_timm = any("timm" in options for options in page.variants.values())
     measured = ", ".join(f"{entry['verdict']} ({entry['scale']})" for entry in evidence(page.name))
     assert page.paper
-    held = "golden outputs" if parity else "timm's own" if on_timm else page.paper.parity
+    held = "golden outputs" if parity else page.paper.parity or ("timm's own" if on_timm else "")
     return numbers or page.paper.numbers, held, measured
 
 
