@@ -208,6 +208,7 @@ def effect(scale: Literal["toy", "gpu"], data: Dataset | None) -> Effect:
             "gap": "%",
             "interior": "%",
             "cut": "%",
+            "rate": "",
             "conv_params": "",
             "checkpoint_kb": "",
             "training_state_kb": "",
@@ -217,9 +218,9 @@ def effect(scale: Literal["toy", "gpu"], data: Dataset | None) -> Effect:
         checks=_checks,
         limits=(
             f"a network of {setting.width} channels, a square of {task.nodes} nodes, sources on one side of the zone;"
-            " the paper's networks and data are not public. Dense kernels and factors learn at rates of their own, the"
-            " best of a few on one seed. Training state is gradients and the two moments of AdamW;"
-            " activations, which are the same for all, are not in it"
+            " the paper's networks and data are not public. Every arm learns at the best of four rates, chosen"
+            " on further trajectories after a quarter of its epochs. Training state is gradients and the two moments of"
+            " AdamW; activations, which are the same for all, are not in it"
         ),
         data=f"{setting.train} and {setting.test} trajectories, {task.saved} steps; control: {words}",
         prepare=lambda seed, folder: prepare(seed, folder, setting),

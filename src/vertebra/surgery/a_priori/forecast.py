@@ -5,18 +5,20 @@ a zone; finite elements in the zone alone turn these into the fields inside.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name that torch's own documentation has
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vertebra.config import Plan, Views
 from vertebra.contracts import Batch, Method, Progress
 from vertebra.data.dataset import Split
+from vertebra.errors import DivergedError
 from vertebra.studies.wave import Draws, Task, apart, border, draws, sub_model, trajectories
 from vertebra.surgery.a_priori import Start, a_priori, weights_of
 from vertebra.training.loop import fit
@@ -51,11 +53,10 @@ SETTINGS = {
 }
 
 
-_DENSE_RATE, _CP_RATE = 5e-3, 2e-2
-"""The best of 2e-3, 5e-3 and 1e-2 for dense kernels, where the last learns nothing, and of these and 2e-2 for one term.
-
-Found with one seed. Factors are larger numbers than the weights that they make, and need larger steps.
-"""
+RATES = (2e-3, 5e-3, 1e-2, 2e-2)
+"""Each arm takes the one that is best on further draws after a quarter of its epochs."""
+HELD = 20
+"""Trajectories to choose the rate by."""
 
 
 class Generator(nn.Module):
@@ -156,24 +157,42 @@ class _Part:
         return _Part(drawn, self.inputs[:count], self.zone[:count])
 
 
-def data(setting: Setting) -> tuple[_Part, _Part]:
-    """Training and test trajectories, the same for all arms and seeds."""
-    found = [trajectories(setting.task, draws(n, seed=seed)) for seed, n in enumerate((setting.train, setting.test))]
+def data(setting: Setting) -> tuple[_Part, _Part, _Part]:
+    """Trajectories to train on, to test on and to choose rates by, the same for all arms and seeds."""
+    counts = (setting.train, setting.test, HELD)
+    found = [trajectories(setting.task, draws(n, seed=seed)) for seed, n in enumerate(counts)]
     unit = found[0].zone[:, :, border(setting.task.zone)].std()
-    train, test = (_Part(f.draws, torch.from_numpy(f.inputs), torch.from_numpy(f.zone / unit).float()) for f in found)
-    return train, test
+    train, test, held = (
+        _Part(f.draws, torch.from_numpy(f.inputs), torch.from_numpy(f.zone / unit).float()) for f in found
+    )
+    return train, test, held
 
 
 def prepare(seed: int, folder: Path, setting: Setting) -> None:
     """Train the dense network of a seed, which two arms begin with."""
-    torch.manual_seed(seed)
-    network = Generator(setting.width)
-    train(network, data(setting)[0], setting, _plan(setting, seed))
-    save_file(network.state_dict(), folder / "dense.safetensors")
+    learn, _, held = data(setting)
+    plan = chosen("dense", seed, learn, held, setting, setting.epochs)
+    network = built("dense", seed, setting)
+    train(network, learn, setting, plan)
+    save_file(network.state_dict(), folder / "dense.safetensors", {"rate": str(plan.lr)})
 
 
-def _plan(setting: Setting, seed: int, rate: float = _DENSE_RATE) -> Plan:
-    return Plan(epochs=setting.epochs, lr=rate, weight_decay=0.0, evaluate_every=setting.epochs, seed=seed, workers=0)
+def chosen(arm: str, seed: int, learn: _Part, held: _Part, setting: Setting, epochs: int) -> Plan:
+    """The plan of an arm: at each of `RATES` it is trained for a quarter of the epochs, and the best one is taken."""
+    short = max(1, epochs // 4)
+    errors = {}
+    for rate in RATES:
+        plan = Plan(epochs=short, lr=rate, weight_decay=0.0, evaluate_every=short, seed=seed, workers=0)
+        network = built(arm, seed, setting)
+        try:
+            train(network, learn, setting, plan)
+        except DivergedError:
+            continue
+        errors[rate] = off(network, held, setting)["error"]
+    if not errors:
+        raise DivergedError(f"a_priori, {arm}: no rate of {RATES} trains it; give smaller ones")
+    best = min(errors, key=lambda rate: errors[rate])
+    return Plan(epochs=epochs, lr=best, weight_decay=0.0, evaluate_every=epochs, seed=seed, workers=0)
 
 
 def train(network: Generator, part: _Part, setting: Setting, plan: Plan) -> None:
@@ -185,17 +204,21 @@ def train(network: Generator, part: _Part, setting: Setting, plan: Plan) -> None
 
 def forecast(arm: str, seed: int, folder: Path, setting: Setting) -> Mapping[str, float]:
     """One arm on waves: trained, tested, and its zone simulated from what it forecasts."""
-    learn, test = data(setting)
-    plan, cut = _plan(setting, seed, _CP_RATE if arm.startswith("cp_") else _DENSE_RATE), float("nan")
+    learn, test, held = data(setting)
+    name, cut, epochs = arm.removesuffix("_few"), float("nan"), setting.epochs
     if arm.endswith("_few"):
-        learn, plan = learn.first(len(learn.inputs) // 4), replace(plan, epochs=2 * plan.epochs)
-    network = built(arm.removesuffix("_few"), seed, setting)
+        learn, epochs = learn.first(len(learn.inputs) // 4), 2 * epochs
+    network = built(name, seed, setting)
     if arm in ("dense", "post_hoc"):
-        network.load_state_dict(load_file(folder.parent / f"prepared-{seed}" / "dense.safetensors"))
-    if arm == "post_hoc":
-        network = _compressed(network, setting, "cp_r1", "fitted")
-        cut, plan = off(network, test, setting)["error"], replace(plan, epochs=max(1, plan.epochs // 4), lr=plan.lr / 2)
-    if arm != "dense":
+        rate = load_dense(network, folder.parent / f"prepared-{seed}" / "dense.safetensors")
+        if arm == "post_hoc":
+            network = _compressed(network, setting, "cp_r1", "fitted")
+            cut, short = off(network, test, setting)["error"], max(1, epochs // 4)
+            plan = Plan(epochs=short, lr=rate / 2, weight_decay=0.0, evaluate_every=short, seed=seed, workers=0)
+            train(network, learn, setting, plan)
+    else:
+        plan = chosen(name, seed, learn, held, setting, epochs)
+        rate = plan.lr
         train(network, learn, setting, plan)
     found = off(network, test, setting)
     seen = off(network, learn, setting)["error"]
@@ -204,10 +227,18 @@ def forecast(arm: str, seed: int, folder: Path, setting: Setting) -> Mapping[str
         **found,
         "gap": found["error"] - seen,
         "cut": cut,
+        "rate": rate,
         "conv_params": float(weights_of(network)),
         "checkpoint_kb": (folder / "network.safetensors").stat().st_size / 1024,
         "training_state_kb": 3 * sum(p.numel() * p.element_size() for p in network.parameters()) / 1024,
     }
+
+
+def load_dense(network: Generator, file: Path) -> float:
+    """Put the dense network's weights into `network`; returns the rate that they were learned with."""
+    network.load_state_dict(load_file(file))
+    with safe_open(file, "pt") as opened:
+        return float(opened.metadata()["rate"])
 
 
 def built(arm: str, seed: int, setting: Setting) -> Generator:
