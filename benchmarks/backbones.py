@@ -8,8 +8,8 @@ one process and take turns, in an order that changes from round to round, so tha
 Each case runs once unmeasured; a ratio is theirs over ours within one round, the median of the rounds is printed with
 the smallest and largest. Above 1 ours is faster. Both sides carry a linear classifier of 1000 classes, theirs its own.
 
-Memory is what a process that does nothing else needs beyond the weights: the peak of a child's resident set while
-it runs the case (`--memory`), since an allocator's peak on the CPU is not told.
+Memory (`--memory`) is the largest resident set of a process that does nothing but one case of one side, with its
+imports and weights, since torch does not tell the peak of its allocator on the CPU.
 """
 
 import argparse

@@ -62,17 +62,17 @@ def test_a_block_is_the_papers(kind, name, stride):
 
 def test_variances_follow_the_rule_and_means_stay_small():
     torch.manual_seed(0)
-    backbone = nf_resnet("nano", depths=(12, 12), dims=(64, 128), image_size=16).train()
+    backbone = nf_resnet("nano", depths=(12, 12), dims=(128, 256), image_size=40).train()
     assert isinstance(backbone, NFResNet)
     for block in backbone.modules():
         if isinstance(block, Block):
             nn.init.ones_(block.gain.alpha)
-    found = signals(backbone, torch.randn(16, 3, 16, 16))
+    found = signals(backbone, torch.randn(8, 3, 40, 40))
     assert len(found.variances) == 25 and len(found.branches) == 24
     for stage in range(2):
         variances = found.variances[1 + 12 * stage : 13 + 12 * stage]
         expected = [1 + ALPHA**2 * (number + 1) for number in range(12)]
-        np.testing.assert_allclose(variances, expected, rtol=0.25)  # 16 images of narrow maps
+        np.testing.assert_allclose(variances, expected, rtol=0.1)  # zeros around small maps take more
     assert max(found.squared_means) < 0.1
 
 
