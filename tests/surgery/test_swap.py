@@ -186,6 +186,31 @@ def test_what_does_not_fit_is_refused_and_the_model_is_as_it_was():
     assert [type(module) for module in model.modules()] == before
 
 
+class _Attn(nn.Module):
+    def forward(self, x: Tensor, attn_mask: bool | None = None, is_causal: bool = False) -> Tensor:
+        return x
+
+
+class _Masked(nn.Module):
+    """Calls its layer as timm's transformers call attentions."""
+
+    def __init__(self, mask: bool | None) -> None:
+        super().__init__()
+        self.attn, self.mask = _Attn(), mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attn(x, attn_mask=self.mask, is_causal=False)
+
+
+def test_a_block_need_not_take_what_says_nothing():
+    made = swap(_Masked(None), "attn", lambda channels: nn.Conv2d(channels, channels, 1), images=(3, 8, 8)).model
+    assert made(images((1, 3, 8, 8))).shape == (1, 3, 8, 8)
+    model = _Masked(True)
+    with pytest.raises(UsageError, match="Conv2d is called with attn_mask, which it does not take"):
+        swap(model, "attn", lambda channels: nn.Conv2d(channels, channels, 1), images=(3, 8, 8), inplace=True)
+    assert isinstance(model.attn, _Attn)
+
+
 def test_swapped_networks_export():
     model = fill(swap(backbone(), "*.act2", "eca").model)
     x = images((2, 3, 32, 32))

@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -186,11 +187,22 @@ def _maker(block: Block, options: Mapping[str, Any]) -> Callable[[str, nn.Module
     return make
 
 
+def _only(known: frozenset[str], new: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Leave out what a network tells its own kind of layer by name (timm: no mask), where it is nothing."""
+    lost = [name for name, value in kwargs.items() if name not in known and value is not None and value is not False]
+    if lost:
+        raise UsageError(f"swap: {type(new).__name__} is called with {', '.join(lost)}, which it does not take")
+    return args, {name: value for name, value in kwargs.items() if name in known}
+
+
 def _placed(new: nn.Module, layer: nn.Module, model: nn.Module, place: Place) -> nn.Module:
     """The new block as the layer was (device, floating type, mode, frozen), in the order asked."""
     tensors = [*layer.parameters(), *layer.buffers(), *model.parameters(), *model.buffers()]
     like = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(()))
     new.to(device=like.device, dtype=like.dtype).train(layer.training)
+    known = inspect.signature(new.forward).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        new.register_forward_pre_hook(partial(_only, frozenset(known)), with_kwargs=True)
     if place == "instead":
         own = list(layer.parameters())
         return new.requires_grad_(False) if own and not any(tensor.requires_grad for tensor in own) else new
