@@ -1,0 +1,64 @@
+"""Where a token is, told to a transformer: tables that fit any grid, waves, rotations, relative biases.
+
+No page: a tool of the transformers. Learned tables are resized by `timm.layers.resample_abs_pos_embed`, where a
+page's reference does nothing else.
+"""
+
+import torch
+from timm.layers.pos_embed_rel import gen_relative_position_index
+from timm.layers.weight_init import trunc_normal_
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+Sides = tuple[int, int]
+
+
+def sinusoids(length: int, dim: int) -> Tensor:
+    """Waves of geometric periods (arXiv 1706.03762, section 3.5), (length, dim): sines at even, cosines at odd places.
+
+    Channels 2j and 2j + 1 have the angle place / 10000^(2j / dim).
+    """
+    periods = 10000 ** (2 * torch.arange(dim).div(2, rounding_mode="floor").double() / dim)
+    angles = torch.arange(length)[:, None].double() / periods
+    return torch.where(torch.arange(dim) % 2 == 0, angles.sin(), angles.cos()).float()
+
+
+def rotated(x: Tensor, angles: Tensor) -> Tensor:
+    """Pairs of channels, (2j, 2j + 1), turned by an angle: rotary positions (arXiv 2104.09864, eq. 15).
+
+    Args:
+        x: (..., N, d).
+        angles: (N, d / 2) in radians; 32 bit is enough for maps, and is kept whatever x has.
+
+    Returns:
+        Like x.
+    """
+    cos, sin = angles.cos(), angles.sin()
+    even, odd = x[..., ::2].to(angles.dtype), x[..., 1::2].to(angles.dtype)
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2).to(x.dtype)
+
+
+class RelativeBias(nn.Module):
+    """A learned number for each head and offset between two places of a group, as Swin has it (arXiv 2103.14030).
+
+    Attributes:
+        table: ((2 h - 1) * (2 w - 1), heads), by rows of the offset.
+    """
+
+    index: Tensor
+
+    def __init__(self, heads: int, sides: Sides) -> None:
+        super().__init__()
+        self.sides = sides
+        offsets = (2 * sides[0] - 1) * (2 * sides[1] - 1)
+        self.table = nn.Parameter(trunc_normal_(torch.empty(offsets, heads), std=0.02))
+        self.register_buffer("index", gen_relative_position_index(sides), persistent=False)
+
+    def forward(self, sides: Sides | None = None) -> Tensor:
+        """Bias (heads, n, n) of a group of n = h * w places; bicubic from the table where it has other sides."""
+        if sides is None or sides == self.sides:
+            return self.table[self.index].permute(2, 0, 1).contiguous()
+        offsets = self.table.mT.view(1, -1, 2 * self.sides[0] - 1, 2 * self.sides[1] - 1)
+        wanted = 2 * sides[0] - 1, 2 * sides[1] - 1
+        resized = interpolate(offsets, size=wanted, mode="bicubic", align_corners=False)[0].flatten(1)
+        return resized[:, gen_relative_position_index(sides, device=resized.device)]
