@@ -5,6 +5,7 @@ Shapes: (B, C, H, W) in, the same out. No page: a tool of the blocks that mix it
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import instance_norm
 
 from vertebra.errors import UsageError
 
@@ -17,7 +18,7 @@ class InstanceNorm(nn.GroupNorm):
 
     torch's own copies maps whose channels lie last, and is several times slower on a CPU than a group norm of one
     channel a group, which computes the same and has no running statistics that could be switched on by mistake. That
-    one is slow for small maps whose channels lie last.
+    one is slow for small maps whose channels lie last, and in 16 bit for all of those.
     """
 
     def __init__(self, channels: int) -> None:
@@ -38,6 +39,8 @@ class InstanceNorm(nn.GroupNorm):
                 " images of at least twice the stride, or leave batch norm in the last stages"
             )
         weight: Tensor | None = self.weight  # a search may have taken them away
+        if input.device.type == "cpu" and input.element_size() == 2 and not input.is_contiguous():
+            return instance_norm(input, weight=weight, bias=self.bias, eps=self.eps)
         rows = input.is_contiguous() or cells >= _ROWS_PAY
         if rows or input.device.type != "cpu" or weight is None:
             return super().forward(input)
