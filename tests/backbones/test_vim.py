@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vertebra.backbones import vim as page
-from vertebra.backbones.vim import crossing, effect, exponent, published, vim
+from vertebra.backbones.vim import effect, published, vim
 from vertebra.contracts import Measured
 from vertebra.data import read
 from vertebra.errors import ParityError, UsageError
@@ -208,15 +208,6 @@ def test_wrong_options_are_refused():
     ):
         with pytest.raises(UsageError, match=words):
             vim("nano", **options)
-
-
-def test_exponents_and_crossings():
-    lengths = (64, 128, 256)
-    assert exponent(lengths, [3 * n**1.5 for n in lengths]) == pytest.approx(1.5)
-    assert crossing(lengths, [100 * n for n in lengths], [n**2 for n in lengths]) == pytest.approx(100)
-    assert crossing(lengths, [1, 1, 1], [2, 2, 2]) == 64
-    assert np.isnan(crossing(lengths, [2, 2, 2], [3, 3, 1]))
-    assert crossing(lengths, [1, 3, 1], [2, 2, 4]) > 128  # only from where it stays ahead
 
 
 def test_the_arms_differ_in_what_they_say():

@@ -204,9 +204,3 @@ def test_effect_checks_what_the_row_asks(small):
 
     assert measured(68.5, 0.01, 1.0, 700.0) == [True] * 5
     assert measured(9.0, 0.3, 1.5, np.nan) == [False] * 5
-
-
-def test_crossing_is_interpolated():
-    assert page._crossing((10, 20, 40), [(1, 1.1), (1, 2), (1, 3)]) == pytest.approx(100)
-    assert page._crossing((10, 20, 40), [(2, 1), (1, 2), (1, 3)]) == pytest.approx(200)
-    assert np.isnan(page._crossing((10, 20), [(1, 2), (2, 1)]))

@@ -29,6 +29,7 @@ from vertebra.blocks.bidirectional_ssm import Start, bidirectional_ssm
 from vertebra.contracts import Backbone, Check, Effect, Features, Level, Measured, Preprocess
 from vertebra.data.dataset import Dataset, Split
 from vertebra.errors import UsageError
+from vertebra.growth import crossing, exponent, peak, seconds
 from vertebra.paper import Paper
 from vertebra.parity import convert
 
@@ -386,7 +387,13 @@ def _growth(arm: str, seed: int, setting: _Setting) -> dict[str, float]:
         return nothing
     torch.manual_seed(seed)
     both, naive = bidirectional_ssm(setting.dim).eval(), _Naive(setting.dim).eval()
-    spent, peaks = zip(*(_spent((both, naive), length, setting.dim) for length in _LENGTHS), strict=True)
+    spent, peaks = [], []
+    for length in _LENGTHS:
+        x = torch.randn(1, length, setting.dim)
+        runs = [partial(mixer, x) for mixer in (both, naive)]
+        spent.append(seconds(runs))
+        known = (x, *both.parameters(), *naive.parameters())
+        peaks.append([peak(run, known) for run in runs])
     own = 0 if arm == "both" else 1
     found = {
         "time_growth": exponent(_LENGTHS, [pair[own] for pair in spent]),
@@ -409,49 +416,6 @@ class _Naive(nn.Module):
         q, k, v = self.inner.qkv(x).unflatten(-1, (3, self.inner.heads, -1)).permute(2, 0, 3, 1, 4)
         weights = (q * self.inner.scale @ k.mT).softmax(-1)
         return self.inner.proj((weights @ v).transpose(1, 2).flatten(2))
-
-
-def _spent(mixers: Sequence[nn.Module], length: int, dim: int) -> tuple[list[float], list[float]]:
-    """Seconds of a forward pass on one sequence, the median of seven turns, and bytes at the peak, a number a mixer."""
-    import time
-    from statistics import median
-
-    from vertebra.probes.memory import Alive
-
-    x, seconds, peaks = torch.randn(1, length, dim), [[] for _ in mixers], []
-    with torch.no_grad():
-        for _ in range(8):
-            for mixer, found in zip(mixers, seconds, strict=True):
-                begin = time.perf_counter()
-                mixer(x)
-                found.append(time.perf_counter() - begin)
-        for mixer in mixers:
-            with Alive((x, *mixer.parameters())) as alive:
-                mixer(x)
-            peaks.append(float(alive.most))
-    return [median(found[1:]) for found in seconds], peaks
-
-
-def exponent(lengths: Sequence[int], values: Sequence[float]) -> float:
-    """Exponent of the power law that fits best, by least squares of the logarithms."""
-    from numpy import log, polyfit
-
-    return float(polyfit(log(lengths), log(values), 1)[0])
-
-
-def crossing(lengths: Sequence[int], ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Length from which on ours stays below theirs, between the measured ones by power laws; NaN where it never is."""
-    from numpy import log
-
-    gaps = [log(mine / other) for mine, other in zip(ours, theirs, strict=True)]
-    above = [number for number, gap in enumerate(gaps) if gap >= 0]
-    if not above:
-        return float(lengths[0])
-    last = above[-1]
-    if last == len(gaps) - 1:
-        return float("nan")
-    share = gaps[last] / (gaps[last] - gaps[last + 1])
-    return float(lengths[last] * (lengths[last + 1] / lengths[last]) ** share)
 
 
 def _checks(measured: Measured) -> Sequence[Check]:

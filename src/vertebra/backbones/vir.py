@@ -30,6 +30,7 @@ from vertebra.blocks.retention import CHUNK, Compat, Form, Retention, causal_dec
 from vertebra.contracts import Backbone, Check, Effect, Features, Level, Measured, Preprocess
 from vertebra.data.dataset import Dataset, Split
 from vertebra.errors import UsageError
+from vertebra.growth import crossing, exponent, peak, seconds
 from vertebra.paper import Paper
 from vertebra.parity import convert
 
@@ -500,60 +501,21 @@ def _measure(arm: str, seed: int, setting: _Setting, train: Split, test: Split) 
 
 def _growth(arm: str, setting: _Setting) -> dict[str, float]:
     """Exponents of an arm's time and memory as the tokens grow; of "vir", from how many on it is ahead of attention."""
-    from numpy import log
-
     sides = [side for side in setting.sides if arm != "parallel" or side**2 <= _PRODUCTS]
-    tokens, peaks, spent = log([side**2 for side in sides]), [], []
+    tokens, peaks, spent = [side**2 for side in sides], [], []
     for side in sides:
         both = [_armed(name, setting, depth=1, image_size=4 * side).eval() for name in dict.fromkeys((arm, "vit"))]
         images = torch.randn(1, 3, 4 * side, 4 * side)
-        peaks.append(_peak(both[0], images))
-        spent.append(_seconds(both if arm == "vir" else both[:1], images, 3 if side < 128 else 1))
-    own, at = log([row[0] for row in spent]), log(peaks)
+        runs = [partial(backbone.pooled, images) for backbone in (both if arm == "vir" else both[:1])]
+        peaks.append(peak(runs[0], (images, *both[0].parameters())))
+        spent.append(seconds(runs, 3 if side < 128 else 1))
+    own = [row[0] for row in spent]
     found = {
-        "time_growth": float((own[-1] - own[-2]) / (tokens[-1] - tokens[-2])),
-        "memory_growth": float((at[-1] - at[0]) / (tokens[-1] - tokens[0])),
+        "time_growth": exponent(tokens[-2:], own[-2:]),
+        "memory_growth": exponent([tokens[0], tokens[-1]], [peaks[0], peaks[-1]]),
         "memory": peaks[-1] / 1e6,
     }
-    return found | ({"ahead_from": _crossing(sides, spent)} if arm == "vir" else {})
-
-
-def _peak(backbone: ViR, images: Tensor) -> float:
-    """Bytes at the peak of a forward pass, weights and image aside."""
-    from vertebra.probes.memory import Alive
-
-    with torch.no_grad(), Alive((images, *backbone.parameters())) as alive:
-        backbone.pooled(images)
-    return float(alive.most)
-
-
-def _seconds(backbones: Sequence[ViR], images: Tensor, turns: int) -> list[float]:
-    """Of a forward pass, the median of some turns that the networks take in order, after one that is not counted."""
-    import time
-    from statistics import median
-
-    found: list[list[float]] = [[] for _ in backbones]
-    with torch.no_grad():
-        for _ in range(turns + 1):
-            for backbone, each in zip(backbones, found, strict=True):
-                begin = time.perf_counter()
-                backbone.pooled(images)
-                each.append(time.perf_counter() - begin)
-    return [median(each[1:]) for each in found]
-
-
-def _crossing(sides: Sequence[int], spent: Sequence[Sequence[float]]) -> float:
-    """Tokens from which on the first is faster than the second, interpolated between logarithms; NaN if it never is."""
-    from numpy import exp, interp, log
-
-    ahead = [float(log(theirs / ours)) for ours, theirs in spent]
-    behind = max((place for place, gain in enumerate(ahead) if gain <= 0), default=-1)
-    if behind == len(sides) - 1:
-        return float("nan")
-    if behind < 0:
-        return float(sides[0] ** 2)
-    pair = slice(behind, behind + 2)
-    return float(exp(interp(0.0, ahead[pair], log([side**2 for side in sides[pair]]))))
+    return found | ({"ahead_from": crossing(tokens, own, [row[1] for row in spent])} if arm == "vir" else {})
 
 
 def _checks(measured: Measured) -> Sequence[Check]:
