@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vertebra.blocks.selective_scan import Form, selective_scan
+from vertebra.blocks.selective_scan import Form, first_biases, selective_scan
 from vertebra.errors import UsageError
 from vertebra.parity import check_golden, images, stored
 from vertebra.training.cost import count
@@ -178,3 +178,10 @@ def test_what_cannot_be_scanned_is_refused():
         selective_scan(x, step, decay, drive, read, form="serial")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="form 'triton' needs CUDA and Triton, x is on cpu"):
         selective_scan(x, step, decay, drive, read, form="triton")
+
+
+def test_first_biases_give_steps_between_the_shortest_and_the_longest():
+    torch.manual_seed(0)
+    steps = torch.nn.functional.softplus(first_biases(4000))
+    assert steps.min() >= 0.999e-3 and steps.max() <= 0.1001
+    assert abs(steps.log().mean().exp() - 1e-2) < 1e-3  # log-uniform: the geometric mean of both ends

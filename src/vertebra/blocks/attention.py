@@ -114,5 +114,7 @@ def attend(
         q, k, v = (part.flatten(1, 2) for part in (q, k, v))
     elif len(shape) == 2:
         q, k, v = (part.flatten(0, 1) for part in (q, k, v))
+    if together is not None:  # in four dimensions: torch has no fused kernel on a CPU for three
+        together = together.view(*(1,) * (4 - together.ndim), *together.shape)
     y = scaled_dot_product_attention(q, k, v, attn_mask=together, dropout_p=drop, scale=scale)
     return y.view(*shape, -1, *y.shape[-2:]).transpose(-3, -2).flatten(-2)

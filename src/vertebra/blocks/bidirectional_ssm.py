@@ -8,23 +8,20 @@ its convolution looks ahead and its scan runs in reverse. Used in `vertebra.back
 the decay, is not here.
 """
 
-from math import ceil, log
+from math import ceil
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, silu, softplus
 
-from vertebra.blocks.selective_scan import selective_scan
+from vertebra.blocks.selective_scan import first_biases, selective_scan
 from vertebra.errors import UsageError, near
 
 VARIANTS: dict[str, dict[str, int]] = {"both": {"directions": 2}, "forward": {"directions": 1}}
 
 Start = Literal["reference", "symmetric"]
 """How the backward direction begins: with steps of about 0.7, as the authors' code has it, or as the forward one."""
-
-_SHORTEST, _LONGEST, _FLOOR = 1e-3, 0.1, 1e-4
-"""Steps at the start lie between these, log-uniformly."""
 
 
 def bidirectional_ssm(
@@ -118,8 +115,7 @@ class Direction(nn.Module):
         self.decay_log = nn.Parameter(torch.arange(1.0, state + 1).log().repeat(channels, 1))
         self.skip = nn.Parameter(torch.ones(channels))
         with torch.no_grad():
-            steps = (torch.rand(channels) * log(_LONGEST / _SHORTEST) + log(_SHORTEST)).exp().clamp(min=_FLOOR)
-            self.step.bias.copy_(steps + (-(-steps).expm1()).log())  # softplus gives the steps back
+            self.step.bias.copy_(first_biases(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, N, channels) to the same."""

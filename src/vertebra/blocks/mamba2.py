@@ -7,20 +7,21 @@ Used alone, through `vertebra.surgery.swap`, and in `vertebra.backbones.adventur
 states do not outlive a call, since images are not generated token by token here.
 """
 
-from math import gcd, log
+from math import gcd
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor, nn
 
+from vertebra.blocks.selective_scan import first_biases
 from vertebra.blocks.state_space_duality import Form, dual_scan
 from vertebra.errors import UsageError
 
 VARIANTS: dict[str, dict[str, object]] = {}
 
 EPS = 1e-5
-DECAYS, STEPS = (1.0, 16.0), (1e-3, 0.1)
-"""What A and the steps are drawn from at the start: uniformly, and uniformly in their logarithm."""
+DECAYS = (1.0, 16.0)
+"""What A is drawn from at the start, uniformly."""
 
 
 def mamba2(
@@ -85,8 +86,7 @@ class Mamba2(nn.Module):
         self.form: Form = form
         self.project = nn.Linear(dim, inner + mixed + heads, bias=False)
         self.conv = nn.Conv1d(mixed, mixed, kernel, padding=kernel - 1, groups=mixed)
-        steps = torch.empty(heads).uniform_(log(STEPS[0]), log(STEPS[1])).exp()
-        self.step_bias = nn.Parameter(steps + (-torch.expm1(-steps)).log())  # softplus gives the steps back
+        self.step_bias = nn.Parameter(first_biases(heads))
         self.decay_log = nn.Parameter(torch.empty(heads).uniform_(*DECAYS).log())
         self.skip = nn.Parameter(torch.ones(heads))
         self.norm = nn.RMSNorm(inner, EPS)

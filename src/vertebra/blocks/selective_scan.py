@@ -30,6 +30,12 @@ _LANES = 48 * 1024
 """Most numbers in the states of one token, over the samples of a tile; a quarter of it where gradients are wanted."""
 
 
+def first_biases(count: int, *, shortest: float = 1e-3, longest: float = 0.1) -> Tensor:
+    """Biases of steps as Mamba starts them, (count,): their softplus is log-uniform between two steps."""
+    steps = torch.empty(count).uniform_(log(shortest), log(longest)).exp()
+    return steps + (-(-steps).expm1()).log()
+
+
 def selective_scan(
     x: Tensor,
     step: Tensor,
