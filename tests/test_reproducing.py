@@ -181,8 +181,8 @@ def test_gpu_scale_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pages_without_an_effect_say_who_has_one() -> None:
-    with pytest.raises(UsageError, match="swin has no effect to reproduce"):
-        reproducing.reproduce("swin", out=None)
+    with pytest.raises(UsageError, match="crossvit has no effect to reproduce"):
+        reproducing.reproduce("crossvit", out=None)
     with pytest.raises(UsageError, match=r"no page is called 'swim'.*swin"):
         reproducing.reproduce("swim", out=None)
 

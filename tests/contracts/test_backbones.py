@@ -63,8 +63,8 @@ def assert_trunk_covers(backbone: Backbone) -> None:
     places = [names[part] for part in parts]
     for name, parameter in backbone.named_parameters():
         if parameter not in set(inside):  # only what stands above the parts, such as a position table
-            owner = name.rpartition(".")[0]
-            assert any(place.startswith(f"{owner}.") for place in places), f"{name} is in no part"
+            owner = name.rpartition(".")[0]  # "" is the backbone itself
+            assert any(place.startswith(f"{owner}." if owner else "") for place in places), f"{name} is in no part"
 
 
 @pytest.mark.parametrize("page", PAGES)
