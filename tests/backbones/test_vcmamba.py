@@ -239,18 +239,6 @@ def test_effect_measures_its_arms(tmp_path, monkeypatch):
     assert measured["mamba"]["params"] == measured["corrected"]["params"]
 
 
-def test_exponents_are_those_of_the_time(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-
-    class Slow(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            clock[0] += 3 * x.numel() ** 1.5
-            return x
-
-    assert page._exponent(Slow(), [torch.zeros(1, side) for side in (5, 10, 40)]) == pytest.approx(1.5)
-
-
 def test_effect_checks_what_the_row_asks():
     made = effect("toy", read("digits"))
 

@@ -1,5 +1,6 @@
 """IBN: the authors' layers, instance norm as torch has it, what a trained norm keeps, and the effect."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -202,3 +203,16 @@ def test_effect_checks_what_the_row_asks():
     assert [check.holds for check in toy.checks(measured())] == [True] * 4
     assert [check.holds for check in toy.checks(measured(top1=-0.6))] == [False, True, True, True]
     assert [check.holds for check in toy.checks(measured(grey=-0.1))] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("side", [4, 40])
+def test_instance_norm_in_16_bit_is_that_of_32(layout, side):
+    norm, x = fill(InstanceNorm(8)), images((2, 8, side, side)).to(memory_format=layout)
+    rough = x.bfloat16().requires_grad_(True)
+    found = copy.deepcopy(norm).bfloat16()(rough)
+    torch.testing.assert_close(found.float(), norm(x), rtol=0.05, atol=0.05)
+    exact = x.clone().requires_grad_(True)
+    (slope,) = torch.autograd.grad((norm(exact) * x.flip(-1)).sum(), exact)
+    (rough_slope,) = torch.autograd.grad((found * x.flip(-1).bfloat16()).sum(), rough)
+    assert nn.functional.cosine_similarity(slope.flatten(), rough_slope.float().flatten(), dim=0) > 0.99

@@ -95,13 +95,21 @@ def test_padding_is_not_attended_to():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variant": "diagonal"}, "no variant 'diagonal'"),
-        ({"pattern": "diagonal"}, "pattern is 'diagonal'"),
+        ({"variant": "shfited"}, "no variant 'shfited'; did you mean shifted"),
         ({"shift": 7}, "shift is in 0..side - 1"),
         ({"side": 0}, "side 0"),
-        ({"pattern": "dilated", "interval": 0}, "interval 0"),
+        ({"variant": "dilated", "interval": 0}, "interval 0"),
     ],
 )
 def test_bad_options(options, message):
     with pytest.raises(UsageError, match=message):
         window_attention(16, **options)
+
+
+def test_what_is_asked_wins_over_the_variant():
+    shifts = {options: window_attention(16, "shifted", **dict(options)).layer.shift for options in ((), (("side", 4),))}
+    assert list(shifts.values()) == [3, 2]
+    assert window_attention(16, "shifted", side=4, shift=1).layer.shift == 1
+    assert window_attention(16, "dilated", interval=3).layer.groups((9, 9)) == ((7, 7), (3, 3))
+    with pytest.raises(UsageError, match="pattern is 'diagonal'"):
+        WindowAttention(dim=16, heads=1, side=7, pattern="diagonal")

@@ -17,6 +17,7 @@ the first stage's for that one, and cannot run at twice the size that it was bui
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import isqrt, prod
 from pathlib import Path
 from typing import Any, Literal, Unpack, get_args
@@ -33,6 +34,7 @@ from vertebra.blocks.windows import Sides
 from vertebra.contracts import Backbone, Check, Effect, Features, Level, Measured, Preprocess
 from vertebra.data.dataset import Dataset, Split
 from vertebra.errors import UsageError
+from vertebra.growth import peak, seconds
 from vertebra.paper import Paper
 from vertebra.parity import Rules, convert
 
@@ -396,7 +398,7 @@ _ARMS: Mapping[str, str] = {
     "vit": "one stage of patches of 8 x 8 pixels, as the third one of the pyramid sees; as many parameters",
     "resnet": "residual network of three stages from stride 2, as many parameters",
 }
-_SIDE, _DIM, _REDUCTION, _TURNS = 64, 64, 8, 5
+_SIDE, _DIM, _REDUCTION = 64, 64, 8
 """Tokens a side, width and reduction of the attention that is measured, one head as in the paper's first stage."""
 _SHARES = ("faster", "leaner", "faster_plain", "leaner_fused")
 
@@ -467,31 +469,19 @@ def _shares() -> dict[str, float]:
 
     layers = [spatial_reduction_attention(_DIM, heads=1, reduction=each).eval() for each in (1, _REDUCTION)]
     x = torch.randn(1, _SIDE**2, _DIM)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH):
         plain = _spent(layers, x)
-    with torch.no_grad(), sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
         fused = _spent(layers, x)
     found = {"faster": fused[0], "leaner": plain[1], "faster_plain": plain[0], "leaner_fused": fused[1]}
     return {name: full / ours for name, (full, ours) in found.items()}
 
 
 def _spent(layers: Sequence[nn.Module], x: Tensor) -> tuple[list[float], list[float]]:
-    """Seconds, the least of some turns that the layers take in order, and bytes at the peak: a number a layer."""
-    import time
-
-    from vertebra.probes.memory import Alive
-
-    seconds, peaks = [[] for _ in layers], []
-    for _ in range(_TURNS):
-        for layer, found in zip(layers, seconds, strict=True):
-            begin = time.perf_counter()
-            layer(x)
-            found.append(time.perf_counter() - begin)
-    for layer in layers:
-        with Alive((x, *layer.parameters())) as alive:
-            layer(x)
-        peaks.append(float(alive.most))
-    return [min(found) for found in seconds], peaks
+    """Seconds, and bytes at the peak: a number a layer."""
+    runs = [partial(layer, x) for layer in layers]
+    known = (x, *(tensor for layer in layers for tensor in layer.parameters()))
+    return seconds(runs, turns=5), [peak(run, known) for run in runs]
 
 
 def _checks(measured: Measured) -> Sequence[Check]:

@@ -12,6 +12,7 @@ for distillation, is left to the task.
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -30,6 +31,7 @@ from vertebra.blocks.snake_scan import SnakeScan, Start, snake_scan
 from vertebra.contracts import Backbone, Check, Effect, Features, Level, Measured, Preprocess
 from vertebra.data.dataset import Dataset, Split
 from vertebra.errors import UsageError
+from vertebra.growth import exponent, seconds
 from vertebra.paper import Paper
 from vertebra.parity import convert
 
@@ -459,22 +461,9 @@ def _growth(dim: int) -> tuple[float, float]:
 
     mixer, other = Mixer(dim, snake_scan(2 * dim, rank=ceil(dim / 16))).eval(), attention(dim).eval()
     maps = [torch.randn(1, dim, side, side).to(memory_format=torch.channels_last) for side in _SIDES]
-    with torch.inference_mode():
-        return _exponent(mixer, maps), _exponent(other, [x.flatten(2).mT for x in maps])
-
-
-def _exponent(layer: nn.Module, inputs: Sequence[Tensor]) -> float:
-    """Of the power law that fits best; a time is the median of seven turns, in which all sizes come in order."""
-    import time
-
-    taken = np.empty((8, len(inputs)))
-    for turn in taken:
-        for number, x in enumerate(inputs):
-            begin = time.perf_counter()
-            layer(x)
-            turn[number] = time.perf_counter() - begin
-    cells = [x.numel() for x in inputs]
-    return float(np.polyfit(np.log(cells), np.log(np.median(taken[1:], 0)), 1)[0])
+    cells = [side**2 for side in _SIDES]
+    ours = seconds([partial(mixer, x) for x in maps])
+    return exponent(cells, ours), exponent(cells, seconds([partial(other, x.flatten(2).mT) for x in maps]))
 
 
 def _checks(measured: Measured) -> Sequence[Check]:

@@ -25,7 +25,6 @@ from math import log, nan, pi, prod
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
@@ -34,6 +33,7 @@ from vertebra.blocks.long_convolution import convolve, exact
 from vertebra.contracts import Backbone, Check, Effect, Measured
 from vertebra.data.dataset import Dataset, Split
 from vertebra.errors import UsageError, near
+from vertebra.growth import exponent
 from vertebra.paper import Paper
 from vertebra.parity import Rules, convert
 
@@ -552,7 +552,7 @@ def costs(arm: Literal["attention", "hyena"], setting: _Setting) -> dict[str, fl
         x = torch.randn(1, side**2, setting.dim)
         taken.append(_milliseconds(block.eval(), x))
     cells = [side**2 for side in setting.sides]
-    found = {"slope": float(np.polyfit(np.log(cells), np.log(taken), 1)[0]), "ms": taken[-1]}
+    found = {"slope": exponent(cells, taken), "ms": taken[-1]}
     found["training"] = _megabytes(block.train(), x)
     if arm == "attention":
         found["written"] = _megabytes(_Written(block), x)

@@ -10,19 +10,19 @@ again, and what is padded is not attended to. As a layer of a transformer, `Wind
     row         a whole row; `column` a whole column                 axial attention, arXiv 1912.12180
 """
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
 from vertebra.blocks.attention import attention
 from vertebra.blocks.positions import RelativeBias
 from vertebra.blocks.windows import Sides, group, padded, seen, ungroup
-from vertebra.errors import UsageError
+from vertebra.errors import UsageError, near
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "window": {"pattern": "window"},
-    "shifted": {"pattern": "window", "shift": 3},
-    "dilated": {"pattern": "dilated", "interval": 2},
+    "shifted": {"pattern": "window", "shifted": True},
+    "dilated": {"pattern": "dilated"},
     "grid": {"pattern": "grid"},
     "row": {"pattern": "row"},
     "column": {"pattern": "column"},
@@ -37,29 +37,32 @@ def window_attention(
     *,
     heads: int | None = None,
     side: int = 7,
-    shift: int = 0,
-    interval: int = 1,
-    pattern: Pattern | None = None,
+    shift: int | None = None,
+    interval: int = 2,
 ) -> "OfMaps":
     """Attention within groups of maps (B, channels, H, W).
 
     Args:
         channels: of the map.
-        variant: one of `VARIANTS`; sets the pattern.
+        variant: one of `VARIANTS`: the pattern.
         heads: of the attention; by default one for each 32 channels.
         side: of a group in places; rows and columns do not have one.
-        shift: places that windows are moved by, 0..side - 1.
-        interval: places from one member of a dilated group to the next.
-        pattern: in place of the variant's.
+        shift: places that windows are moved by, 0..side - 1; half a window, rounded down, in "shifted", else none.
+        interval: places from one member of a "dilated" group to the next.
 
     Raises:
-        UsageError: an unknown variant or pattern, or a number out of range.
+        UsageError: an unknown variant, or a number out of range.
     """
     if variant not in VARIANTS:
-        raise UsageError(f"window_attention has no variant {variant!r}; it has {', '.join(VARIANTS)}")
-    given = {"shift": shift, "interval": interval, **VARIANTS[variant]}
-    options = {**given, "pattern": pattern or given["pattern"]}
-    return OfMaps(WindowAttention(dim=channels, heads=heads, side=side, **options))  # type: ignore[arg-type]
+        raise UsageError(
+            f"window_attention has no variant {variant!r}{near(variant, VARIANTS)}; it has {', '.join(VARIANTS)}"
+        )
+    chosen = VARIANTS[variant]
+    shift = (side // 2 if "shifted" in chosen else 0) if shift is None else shift
+    pattern: Pattern = chosen["pattern"]
+    return OfMaps(
+        WindowAttention(dim=channels, heads=heads, side=side, pattern=pattern, shift=shift, interval=interval)
+    )
 
 
 class WindowAttention(nn.Module):
