@@ -34,7 +34,8 @@ class Features(NamedTuple):
     Attributes:
         pyramid: one map a level, fine to coarse, (B, C_i, H_i, W_i).
         pooled: one vector an image, (B, width).
-        tokens: (B, N, width) where the network has tokens of that width, else None.
+        tokens: (B, N, width) where the network has tokens of that width, else None: one for each cell of the last map,
+            row by row and perhaps behind a norm, and those of `Backbone.special_tokens`.
     """
 
     pyramid: tuple[Tensor, ...]
@@ -93,6 +94,13 @@ class Backbone(nn.Module, ABC):
         Freezing, layer-wise rate decay, checkpointing, stitching and probing walk this sequence. Every
         parameter is in at most one part; those in none (a position table, say) belong before the first.
         """
+
+    def special_tokens(self, tokens: int, cells: int) -> tuple[int, ...]:
+        """Places of what stands for no cell, as a class token, in a sequence of `tokens` with `cells`: the first ones.
+
+        A network whose class token is elsewhere says so here.
+        """
+        return tuple(range(tokens - cells))
 
 
 class Neck(nn.Module, ABC):

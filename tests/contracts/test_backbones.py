@@ -43,7 +43,10 @@ def assert_keeps_contract(backbone: Backbone, device: str = "meta") -> None:
         pyramid, pooled, tokens = backbone.eval()(torch.zeros(2, channels, *size, device=device))
     assert len(pyramid) == len(backbone.levels) >= 1
     assert pooled.shape == (2, backbone.width)
-    assert tokens is None or (tokens.ndim == 3 and tokens.shape[2] == backbone.width)
+    if tokens is not None:
+        cells = pyramid[-1][0, 0].numel()
+        assert tokens.ndim == 3 and tokens.shape[2] == backbone.width
+        assert tokens.shape[1] == cells + len(backbone.special_tokens(tokens.shape[1], cells))
     strides = [level.stride for level in backbone.levels]
     assert strides == sorted(set(strides))
     for level, feature in zip(backbone.levels, pyramid, strict=True):

@@ -23,6 +23,7 @@ from vertebra.data.annotations import Objects
 from vertebra.data.dataset import Split
 from vertebra.data.digits import Arrays, digits
 from vertebra.errors import UsageError
+from vertebra.parity import fill
 from vertebra.probes import NotApplicable, faithfulness
 from vertebra.probes.evidence import Evidence
 from vertebra.probes.grad_cam import effect, grad_cam, scenes
@@ -36,6 +37,7 @@ from vertebra.probes.grad_cam.maps import (
     scaled,
 )
 from vertebra.probes.grad_cam.sites import Site, site_of
+from vertebra.spec import Spec
 from vertebra.tasks.classify import Classify, classify
 
 CLASSES = ("cat", "dog", "owl", "yak")
@@ -215,25 +217,33 @@ def test_the_final_output_of_a_vit_has_no_gradient_at_its_cells() -> None:
     _, before = activations_and_gradients(model, images, 0)
     assert not behind.any() and before.abs().amin((0, 2, 3)).max() > 0
     assert not explain(model, images, 0, layer="network.blocks.11").any()
-    assert site_of(model, images) == Site("network.blocks.11.norm1", 0, "tokens", (4, 4), 1)
+    assert site_of(model, images) == Site("network.blocks.11.norm1", 0, "tokens", (4, 4), (0,))
 
 
 PLACES = {
-    "deit_tiny_distilled_patch16_224": (64, "blocks.11.norm1", "tokens", (4, 4), 2),
-    "cait_xxs24_224": (64, "blocks.23", "tokens", (4, 4), 0),
-    "pit_ti_224": (224, "transformers.2.blocks.3.norm1", "tokens", (7, 7), 1),
-    "densenet121": (64, "features.norm5", "map", (2, 2), 0),
-    "resnet18": (32, "layer3.1", "map", (2, 2), 0),
-    "mixer_s32_224": (224, "norm", "tokens", (7, 7), 0),
+    "deit_tiny_distilled_patch16_224": (64, "blocks.11.norm1", "tokens", (4, 4), (0, 1)),
+    "cait_xxs24_224": (64, "blocks.23", "tokens", (4, 4), ()),
+    "pit_ti_224": (224, "transformers.2.blocks.3.norm1", "tokens", (7, 7), (0,)),
+    "densenet121": (64, "features.norm5", "map", (2, 2), ()),
+    "resnet18": (32, "layer3.1", "map", (2, 2), ()),
+    "mixer_s32_224": (224, "norm", "tokens", (7, 7), ()),
 }
 """Where each family is looked at; a last map of one cell says nothing of places, so ResNet at 32 pixels goes back."""
 
 
 @pytest.mark.parametrize("name", PLACES)
 def test_the_place_is_found_without_naming_a_layer(name: str) -> None:
-    size, layer, layout, grid, prefix = PLACES[name]
+    size, layer, layout, grid, special = PLACES[name]
     site = site_of(timm(name, image_size=size).eval(), photos(1, size))
-    assert (site.layer, site.layout, site.grid, site.prefix) == (f"network.{layer}", layout, grid, prefix)
+    assert (site.layer, site.layout, site.grid, site.special) == (f"network.{layer}", layout, grid, special)
+
+
+def test_a_class_token_among_the_patches_shifts_no_cell() -> None:
+    backbone, images = fill(Spec("vim/nano").build()).eval(), photos(1, 32)
+    assert site_of(backbone, images) == Site("blocks.3.norm", 0, "tokens", (8, 8), (32,))
+    seen = torch.arange(65.0).view(1, 65, 1)
+    maps = site_of(backbone, images).maps(seen).flatten().tolist()
+    assert maps == [*range(32), *range(33, 65)]
 
 
 def test_oblong_images() -> None:

@@ -145,11 +145,13 @@ def test_antialiased_images_are_smoother():
     assert seen[1].var() < 0.2 < 0.3 < seen[0].var()
 
 
-def test_tokens_out_of_order_are_left_out():
+def test_a_class_token_comes_first_wherever_it_was():
     model = over_scales(fill(vim("nano")).eval())  # its class token has its place among the patches
     with torch.inference_mode():
         found = model(images((1, 3, 64, 64)))
-    assert found.tokens is None and found.pooled.shape == (1, model.width)
+    assert found.tokens is not None and found.tokens.shape == (1, 1 + 64, 2 * 64)
+    assert torch.equal(found.tokens[:, 0], found.pooled)
+    assert torch.equal(found.tokens[:, 1:], found.pyramid[-1].flatten(2).mT)
 
 
 def test_tiles_in_turn_and_copies():

@@ -180,6 +180,10 @@ class Vim(Backbone):
         """The patches, the blocks, the norm; class token and positions come before the first block."""
         return [self.stem, *self.blocks, self.norm]
 
+    def special_tokens(self, tokens: int, cells: int) -> tuple[int, ...]:
+        """Where the class tokens are."""
+        return {"double": (0, cells + 1), "none": ()}.get(self.place, (self._before(cells),))
+
     def _cells(self, size: Sequence[int]) -> tuple[int, int]:
         """Rows and columns of whole patches that cover an image of (height, width) pixels."""
         rows, columns = (1 + max(0, ceil((side - self.patch) / self.stride)) for side in size)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from vertebra.contracts import Backbone, Features
 from vertebra.errors import UsageError, near
 
-MOST_PREFIX = 32
-"""Tokens before the cells' own: class, distillation and register tokens."""
+MOST_SPECIAL = 32
+"""Tokens beside the cells' own: class, distillation and register tokens."""
 
 Grid = tuple[int, int]
 
@@ -33,16 +33,16 @@ class Site:
     Attributes:
         layer: the module's name in the backbone, or in the model where it has none.
         call: which of its calls in a forward pass, from 0.
-        layout: "map" is (B, C, h, w), "rows" is (B, h, w, C), "tokens" is (B, prefix + h * w, C).
+        layout: "map" is (B, C, h, w), "rows" is (B, h, w, C), "tokens" is (B, special + h * w, C).
         grid: (h, w).
-        prefix: tokens before the cells'.
+        special: places of the tokens that stand for no cell.
     """
 
     layer: str
     call: int
     layout: Literal["map", "rows", "tokens"]
     grid: Grid
-    prefix: int = 0
+    special: tuple[int, ...] = ()
 
     def maps(self, output: Tensor) -> Tensor:
         """What the module gave, as (B, C, h, w)."""
@@ -50,7 +50,8 @@ class Site:
             return output
         if self.layout == "rows":
             return output.movedim(-1, 1)
-        return output[:, self.prefix :].transpose(1, 2).unflatten(2, self.grid)
+        places = sorted({*range(output.shape[1])} - {*self.special})
+        return output[:, places].transpose(1, 2).unflatten(2, self.grid)
 
 
 class Seen(NamedTuple):
@@ -102,8 +103,8 @@ def site_of(
         handle.remove()
     grids = sorted(set(grids)) or _guessed(images, seen)
     if layer is not None:
-        return _given(names[0], seen, grids)
-    return _deepest(seen, grids, total, type(network).__name__)
+        return _given(names[0], seen, grids, network)
+    return _deepest(seen, grids, total, network)
 
 
 def _everything(outputs: Any) -> Tensor:
@@ -205,11 +206,11 @@ def watched(model: nn.Module, names: Sequence[str], *, norms: bool) -> Iterator[
             handle.remove()
 
 
-def _deepest(seen: Sequence[Seen], grids: Sequence[Grid], total: Tensor, network: str) -> Site:
+def _deepest(seen: Sequence[Seen], grids: Sequence[Grid], total: Tensor, network: nn.Module) -> Site:
     """The last output whose cells reach the score; where nothing reaches it (weights of zero), the last at all."""
     connected = None
     for one in reversed(seen):
-        site = layout_of(one, grids)
+        site = layout_of(one, grids, network)
         if site is None or not one.output.requires_grad:
             continue
         (gradient,) = torch.autograd.grad(total, one.output, retain_graph=True, allow_unused=True)
@@ -219,15 +220,17 @@ def _deepest(seen: Sequence[Seen], grids: Sequence[Grid], total: Tensor, network
             return site
         connected = connected or site
     if connected is None:
-        raise UsageError(f"no part of {network} gives more than one cell that its score depends on; say layer=")
+        raise UsageError(
+            f"no part of {type(network).__name__} gives more than one cell that its score depends on; say layer="
+        )
     return connected
 
 
-def _given(name: str, seen: Sequence[Seen], grids: Sequence[Grid]) -> Site:
+def _given(name: str, seen: Sequence[Seen], grids: Sequence[Grid], network: nn.Module) -> Site:
     """The site at a layer that the caller named."""
     if not seen:
         raise UsageError(f"layer {name!r} is not called in the forward pass, or gives no tensor")
-    site = layout_of(seen[-1], grids, least=1)
+    site = layout_of(seen[-1], grids, network, least=1)
     if site is None:
         raise UsageError(
             f"layer {name!r} gives {tuple(seen[-1].output.shape)}, which has no cells; the network's maps have "
@@ -236,16 +239,18 @@ def _given(name: str, seen: Sequence[Seen], grids: Sequence[Grid]) -> Site:
     return site
 
 
-def layout_of(seen: Seen, grids: Sequence[Grid], least: int = 2) -> Site | None:
+def layout_of(seen: Seen, grids: Sequence[Grid], network: nn.Module, least: int = 2) -> Site | None:
     """How an output holds its cells, told by the sizes of the pyramid's maps; None where it has fewer than `least`."""
     shape, site = tuple(seen.output.shape), Site(seen.layer, seen.call, "map", (1, 1))
     if len(shape) == 4:
         rows = shape[1:3] in grids and shape[2:] not in grids
         site = replace(site, layout="rows" if rows else "map", grid=shape[1:3] if rows else shape[2:])
     elif len(shape) == 3:
-        fitting = [grid for grid in grids if 0 <= shape[1] - grid[0] * grid[1] <= MOST_PREFIX]
+        fitting = [grid for grid in grids if 0 <= shape[1] - grid[0] * grid[1] <= MOST_SPECIAL]
         grid = max(fitting, key=lambda grid: grid[0] * grid[1], default=(0, 0))
-        site = replace(site, layout="tokens", grid=grid, prefix=shape[1] - grid[0] * grid[1])
+        cells = grid[0] * grid[1]
+        special = network.special_tokens(shape[1], cells) if isinstance(network, Backbone) else range(shape[1] - cells)
+        site = replace(site, layout="tokens", grid=grid, special=tuple(special))
     else:
         return None
     return site if site.grid[0] * site.grid[1] >= least else None

@@ -26,9 +26,7 @@ from vertebra.contracts import Backbone, Effect, Features, Level, Operated
 from vertebra.data.dataset import Dataset
 from vertebra.errors import UsageError, near
 from vertebra.paper import Paper
-from vertebra.parity import images as fixed_images
 from vertebra.surgery.operation import images_of, measured
-from vertebra.training.cost import evaluating
 
 PAPER = Paper(
     id="s2",
@@ -124,7 +122,7 @@ def s2(
 class S2(Backbone):
     """A backbone over several scales; build it with `s2`, which explains the arguments.
 
-    `tokens` are there where the backbone's are a row of prefix tokens and then the cells of its last map. Prefix
+    `tokens` are there where the backbone has them: first its special tokens (a class token), then the cells. Special
     tokens and `pooled` are the means over the tiles of a scale.
 
     Attributes:
@@ -161,7 +159,6 @@ class S2(Backbone):
         self.tiles: Tiles = tiles
         self.resampling: Resampling = resampling
         self.statistics: Statistics = statistics
-        self._sequence = _prefix_first(inner)
         self.inner = inner
         self.levels = tuple(self._level(level) for level in inner.levels)
         self.width = len(scales) * inner.width
@@ -185,11 +182,11 @@ class S2(Backbone):
         pyramids = [_on_grid(list(maps), self.onto) for maps in zip(*(one.maps for one in seen), strict=True)]
         pooled = torch.cat([one.pooled for one in seen], 1)
         cells = [one.cells for one in seen if one.cells is not None]
-        prefix = [one.prefix for one in seen if one.prefix is not None]
+        special = [one.special for one in seen if one.special is not None]
         if not cells:
             return Features(tuple(pyramids), pooled)
         grid = _on_grid(cells, self.onto).flatten(2).mT  # (B, N, scales * C)
-        return Features(tuple(pyramids), pooled, torch.cat([torch.cat(prefix, 2), grid], 1))
+        return Features(tuple(pyramids), pooled, torch.cat([torch.cat(special, 2), grid], 1))
 
     def trunk(self) -> Sequence[nn.Module]:
         """The backbone's parts."""
@@ -214,12 +211,13 @@ class S2(Backbone):
             found = _stacked([self.inner(piece) for piece in pieces.chunk(plan.rows * plan.columns)])
         maps = tuple(_glued(x, plan) for x in found.pyramid)
         pooled = _mean(found.pooled, plan)
-        if found.tokens is None or not self._sequence:
+        if found.tokens is None:
             return _Seen(maps, pooled)
-        grid = found.pyramid[-1].shape[2:]
-        first = found.tokens.shape[1] - grid.numel()
-        cells = found.tokens[:, first:].mT.unflatten(2, tuple(grid))  # (tiles * B, C, h, w)
-        return _Seen(maps, pooled, _mean(found.tokens[:, :first], plan), _glued(cells, plan))
+        count, grid = found.tokens.shape[1], found.pyramid[-1].shape[2:]
+        special = self.inner.special_tokens(count, grid.numel())
+        places = sorted({*range(count)} - {*special})
+        cells = found.tokens[:, places].mT.unflatten(2, tuple(grid))  # (tiles * B, C, h, w)
+        return _Seen(maps, pooled, _mean(found.tokens[:, special], plan), _glued(cells, plan))
 
     def _plan(self, height: int, width: int, scale: float) -> "_Plan":
         """How images of a size are cut at a scale."""
@@ -255,11 +253,11 @@ class _Plan(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """What is seen at one scale: maps of the whole image, and means over the tiles of vectors and prefix tokens."""
+    """What is seen at one scale: maps of the whole image, and means over the tiles of vectors and special tokens."""
 
     maps: tuple[Tensor, ...]
     pooled: Tensor
-    prefix: Tensor | None = None
+    special: Tensor | None = None
     cells: Tensor | None = None
 
 
@@ -305,24 +303,6 @@ def _stacked(parts: Sequence[Features]) -> Features:
     pyramid = tuple(torch.cat(maps) for maps in zip(*(part.pyramid for part in parts), strict=True))
     tokens = [part.tokens for part in parts if part.tokens is not None]
     return Features(pyramid, torch.cat([part.pooled for part in parts]), torch.cat(tokens) if tokens else None)
-
-
-def _prefix_first(backbone: Backbone) -> bool:
-    """Whether tokens are a row of prefix tokens and then the cells of the last map; on the meta device, their shapes.
-
-    A class token may have its place among the others, which shapes do not show.
-    """
-    like = next((p for p in backbone.parameters() if p.is_floating_point()), torch.empty(()))
-    images = fixed_images((1, backbone.preprocess.channels, *backbone.preprocess.size)).to(like.device, like.dtype)
-    with evaluating(backbone), torch.no_grad():
-        found = backbone(images)
-    if found.tokens is None:
-        return False
-    cells = found.pyramid[-1].flatten(2).mT  # (1, N, C)
-    last = found.tokens[:, found.tokens.shape[1] - cells.shape[1] :]
-    if last.shape != cells.shape:
-        return False
-    return bool(last.is_meta or torch.allclose(last, cells, rtol=1e-3, atol=1e-3))
 
 
 def _check(scales: Sequence[float], given: float | None, onto: int) -> None:
