@@ -58,6 +58,16 @@ def test_rotations_tell_only_differences_of_places():
     torch.testing.assert_close(rotated(q, angles[:5]), apply_rot_embed(q, doubled.sin(), doubled.cos()))
 
 
+def test_rotations_by_complex_numbers_and_by_sines_are_one(monkeypatch):
+    x, angles = images((2, 7, 3, 8)), images((7, 1, 4))
+    found, rough = rotated(x, angles), rotated(x.bfloat16(), angles)
+    torch.testing.assert_close(found.norm(dim=-1), x.norm(dim=-1), rtol=1e-5, atol=1e-6)
+    assert rough.dtype == torch.bfloat16
+    torch.testing.assert_close(rough.float(), found, rtol=0.02, atol=0.02)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(rotated(x, angles), found, rtol=1e-5, atol=1e-6)
+
+
 def test_rotated_attention_moves_with_its_tokens():
     layer = fill(attention(16, heads=2)).eval()
     x, angles = images((1, 6, 16)), torch.arange(6)[:, None] * torch.tensor([1.0, 0.5, 0.2, 0.1])

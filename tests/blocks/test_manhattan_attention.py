@@ -13,7 +13,6 @@ from vertebra.blocks.manhattan_attention import (
     log_decays,
     manhattan_attention,
     raster_angles,
-    turned,
 )
 from vertebra.errors import UsageError
 from vertebra.parity import fill, images
@@ -125,18 +124,6 @@ def test_decays_of_the_heads(heads, spread, expected):
     assert log_decays(heads, 4.0, spread, torch.empty(0).double()).dtype == torch.float64
 
 
-def test_turning_by_complex_numbers_and_by_sines_is_one():
-    block = layer("whole").float()
-    prior = block.prior(images((1, 5, 7, DIM)))
-    x = images((2, 35, 2 * HEADS, DIM // HEADS))
-    torch.testing.assert_close(turned(x, prior), turned(x, prior._replace(turns=None)), rtol=1e-5, atol=1e-6)
-    norms = turned(x, prior).norm(dim=-1)
-    torch.testing.assert_close(norms, x.norm(dim=-1), rtol=1e-5, atol=1e-6)
-    rough = turned(x.bfloat16(), prior)
-    assert rough.dtype == torch.bfloat16
-    torch.testing.assert_close(rough.float(), turned(x, prior), rtol=0.02, atol=0.02)
-
-
 def test_decays_are_shared_and_made_again_where_they_do_not_fit():
     x = images((1, 4, 6, DIM)).double()
     whole, lines = layer("whole"), layer("decomposed")
@@ -146,7 +133,7 @@ def test_decays_are_shared_and_made_again_where_they_do_not_fit():
     for wrong in (lines.prior(x), whole.prior(x.transpose(1, 2)), layer("whole", reach=9.0).prior(x)):
         assert torch.equal(whole(x, wrong), whole(x))
     nothing = whole.prior(x)
-    nothing = Prior(*nothing[:4], (torch.zeros_like(nothing.decays[0]),))
+    nothing = Prior(*nothing[:3], (torch.zeros_like(nothing.decays[0]),))
     assert not torch.allclose(whole(x, nothing), whole(x))  # what fits is taken as it is
 
 

@@ -93,8 +93,6 @@ class Prior(NamedTuple):
         kind: of the attention that it is for.
         size: height and width of the map.
         angles: (H * W, 1, head_dim / 2), what queries and keys are turned by.
-        turns: (H * W, 2 heads, head_dim / 2), the same as complex numbers of absolute value 1; None where a compiler
-            is to see plain arithmetic.
         decays: added to the products: (1, heads, N, N) of the whole map, or (1, heads, W, W) of rows and
             (1, heads, H, H) of columns. Without the 1, torch does not take its fused kernel on a CPU.
     """
@@ -102,7 +100,6 @@ class Prior(NamedTuple):
     kind: Kind
     size: Sides
     angles: Tensor
-    turns: Tensor | None
     decays: tuple[Tensor, ...]
 
 
@@ -146,7 +143,8 @@ class ManhattanAttention(nn.Module):
             prior = self.prior(x)
         x = x.contiguous()
         v = self.v(x)
-        parts = turned(self.qk(x).unflatten(-1, (-1, self.kind.head_dim)).flatten(1, 2), prior)  # (B, N, 2 heads, d)
+        parts = self.qk(x).unflatten(-1, (-1, self.kind.head_dim)).flatten(1, 2)  # (B, N, 2 heads, d)
+        parts = rotated(parts, prior.angles)
         q, k, values = *parts.chunk(2, 2), v.reshape(len(v), -1, *self.kind[:2])  # (B, N, heads, d)
         y = (whole if self.kind.form == "whole" else decomposed)(q, k, values, prior)
         if self.local is not None:
@@ -158,16 +156,13 @@ class ManhattanAttention(nn.Module):
         heads, head_dim, form, reach, spread = self.kind
         size = like.shape[1], like.shape[2]
         angles = raster_angles(size, head_dim, like)
-        turns = None
-        if not torch.compiler.is_compiling():
-            turns = torch.polar(torch.ones_like(angles), angles).expand(-1, 2 * heads, -1).contiguous()
         logs = log_decays(heads, reach, spread, like)
         down, across = (distance_decays(logs, side)[None] for side in size)
         decays = (across, down)
         if form == "whole":
             both = down[..., :, None, :, None] + across[..., None, :, None, :]  # (1, heads, H, W, H, W)
             decays = (both.flatten(4).flatten(2, 3),)
-        return Prior(self.kind, size, angles, turns, tuple(decay.to(like.dtype) for decay in decays))
+        return Prior(self.kind, size, angles, tuple(decay.to(like.dtype) for decay in decays))
 
 
 def _check(dim: int, heads: int, form: str, reach: float, spread: float, local: int) -> None:
@@ -205,15 +200,6 @@ def raster_angles(size: Sides, head_dim: int, like: Tensor) -> Tensor:
     periods = 10000 ** torch.linspace(0, 1, head_dim // 2, dtype=kind, device=like.device)
     places = torch.arange(size[0] * size[1], dtype=kind, device=like.device)
     return places[:, None, None] * (1 / periods)
-
-
-def turned(x: Tensor, prior: Prior) -> Tensor:
-    """Queries and keys (B, N, 2 heads, d) turned by the angles of their places."""
-    turns = prior.turns
-    if turns is None or x.dtype != prior.angles.dtype:  # there are no complex numbers of 16 bit
-        return rotated(x, prior.angles)
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns).flatten(-2)
 
 
 def whole(q: Tensor, k: Tensor, v: Tensor, prior: Prior) -> Tensor:

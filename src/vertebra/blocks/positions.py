@@ -28,13 +28,17 @@ def rotated(x: Tensor, angles: Tensor) -> Tensor:
 
     Args:
         x: (..., N, d).
-        angles: (N, d / 2) in radians; 32 bit is enough for maps, and is kept whatever x has.
+        angles: (N, d / 2), or what broadcasts with the pairs of x, in radians; 32 bit is enough for maps, and is kept
+            whatever x has.
 
     Returns:
         Like x.
     """
-    cos, sin = angles.cos(), angles.sin()
-    even, odd = x[..., ::2].to(angles.dtype), x[..., 1::2].to(angles.dtype)
+    pairs = x.to(angles.dtype).unflatten(-1, (-1, 2))
+    if not torch.compiler.is_compiling():  # one pass over memory, where compilers want plain arithmetic
+        turns = torch.polar(torch.ones_like(angles), angles)
+        return torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turns).flatten(-2).to(x.dtype)
+    (even, odd), cos, sin = pairs.unbind(-1), angles.cos(), angles.sin()
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2).to(x.dtype)
 
 
