@@ -502,8 +502,9 @@ def effect(scale: Literal["toy", "gpu"], data: Dataset | None) -> Effect:
         limits=(
             f"{setting.depth} blocks of width {setting.dim} on patches of 4 pixels, {len(train)} images, "
             f"{setting.epochs} epochs: the row asks for 6 blocks of width 192 and 10,000 images, the paper has 300 "
-            "epochs; a point or less needs more seeds than three. `field` is the side of the square that holds half of "
-            "what the centre listens to before training; `slope` the power of processor time over cells; `ms`, "
+            "epochs; a point or less needs more seeds than three. `field` is the side of the square that holds 99 % of "
+            "what the centre listens to before training (half of it is its own patch, which shortcuts bring, in every "
+            "arm); `slope` the power of processor time over cells; `ms`, "
             f"`training` and `written` are one operator of width {setting.dim} on {setting.sides[-1]} x "
             f"{setting.sides[-1]} tokens: processor time, what training holds, and the same of attention that writes "
             "its products out, as the authors' does"
@@ -528,7 +529,7 @@ def _measure(arm: str, seed: int, setting: _Setting, train: Split, test: Split) 
     torch.manual_seed(seed)
     backbone = armed(arm, setting)
     noise = torch.randn(50, backbone.preprocess.channels, *backbone.preprocess.size)
-    field = 100 * share_radius(contributions(backbone.eval(), noise), 0.5)
+    field = 100 * share_radius(contributions(backbone.eval(), noise), 0.99)
     plan = Plan(epochs=setting.epochs, batch=50, lr=2e-3, views=Views(scale=(0.6, 1.0)), seed=seed)
     scores = trained(backbone, train, test, plan).scores
     cost = {} if arm not in ("attention", "hyena") else costs(arm, setting)
