@@ -320,10 +320,10 @@ def effect(scale: Literal["toy", "gpu"], data: Dataset | None) -> Effect:
         limits=(
             f"{len(train)} images of 32 pixels, {setting.epochs} epochs, {setting.depth} blocks of {setting.dim} "
             "channels: far less than a transformer needs, so that what brings neighbours together counts for more than "
-            "on ImageNet; the sign of deep against wide is reported and not asked for. Layers of the tokenizer start with"
-            " the deviation of their inputs' number: with the authors' 0.02, which suits hundreds of channels, tokens"
-            " were a hundredth of their positions at first, and T2T was 12.8 points behind hard patches. A norm over"
-            " squares of 3 x 3 pixels takes brightness away, one over the paper's 7 x 7 less so"
+            "on ImageNet; the sign of deep against wide is reported and not asked for. Layers of the tokenizer start "
+            "with the deviation of their inputs' number: with the authors' 0.02, which suits hundreds of channels, "
+            "tokens were a hundredth of their positions at first, and T2T was 12.8 points behind hard patches. A norm "
+            "over squares of 3 x 3 pixels takes brightness away, one over the paper's 7 x 7 less so"
         ),
         data=words,
     )
