@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from vertebra.backbones import rmt as page
-from vertebra.backbones.rmt import VARIANTS, Local, effect, published, rmt
+from vertebra.backbones.rmt import VARIANTS, effect, published, rmt
 from vertebra.blocks.manhattan_attention import ManhattanAttention
+from vertebra.blocks.rows import Local
 from vertebra.contracts import Measured
 from vertebra.data import read
 from vertebra.errors import ParityError, UsageError
@@ -157,29 +158,6 @@ def test_sizes_do_not_leak_from_one_forward_pass_to_the_next():
         first = backbone.eval()(images((1, 3, 64, 64))).pooled
         backbone(images((1, 3, 32, 96)))
         assert torch.equal(backbone(images((1, 3, 64, 64))).pooled, first)
-
-
-def test_a_shortcut_within_the_kernel():
-    local: Any = fill(Local(16))
-    x = images((2, 7, 9, 16))
-    apart = x + torch.nn.functional.conv2d(
-        x.permute(0, 3, 1, 2), local.weight, local.bias, padding=1, groups=16
-    ).permute(0, 2, 3, 1)
-    torch.testing.assert_close(local(x), apart, rtol=1e-5, atol=1e-5)
-    assert "centre" not in local.state_dict()
-    rough: Any = Local(16).bfloat16()
-    with torch.no_grad():
-        rough.weight.fill_(1e-3)
-        rough.bias.zero_()
-        x = torch.ones(1, 5, 5, 16, dtype=torch.bfloat16) * 0
-        x[:, 2, 2] = 1
-        found = rough(x)
-        assert found[0, 2, 2, 0] == torch.tensor(1 + 1e-3).bfloat16() and found[0, 1, 2, 0].item() > 9e-4
-        torch.manual_seed(0)
-        x = torch.randn(1, 5, 5, 16)
-        with torch.autocast("cpu", torch.bfloat16):
-            near = Local(16)(x)
-    assert near.dtype == torch.float32  # the shortcut keeps its digits
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vertebra.backbones import smt as page
-from vertebra.backbones.smt import Attention, Local, effect, published, smt
+from vertebra.backbones.smt import Attention, effect, published, smt
 from vertebra.blocks.scale_aware_modulation import ScaleAwareModulation
 from vertebra.contracts import Measured
 from vertebra.data import read
@@ -175,22 +175,6 @@ def test_starts_as_the_authors_do():
     assert not stage.embed.conv.bias.any() and not attends.mlp.narrow.bias.any()
     rates = [getattr(block.drop, "drop_prob", 0.0) for stage in backbone.stages for block in stage.blocks]
     assert rates == pytest.approx(list(np.linspace(0, 0.12, 13)))
-
-
-def test_a_shortcut_within_the_kernel_of_a_feed_forward():
-    local, x = fill(Local(16)), images((2, 7, 9, 16))
-    maps = x.permute(0, 3, 1, 2)
-    apart = maps + nn.functional.conv2d(maps, local.weight, local.bias, padding=1, groups=16)  # type: ignore[arg-type]
-    assert difference(local(x), apart.permute(0, 2, 3, 1)) < 1e-6
-    rough = Local(16).bfloat16()
-    with torch.no_grad():
-        rough.weight.fill_(2**-8)
-        rough.bias.zero_()  # type: ignore[union-attr]
-        impulse = torch.zeros(1, 5, 5, 16, dtype=torch.bfloat16)
-        impulse[:, 2, 2] = 3
-        found = rough(impulse)
-    assert found[0, 1, 2, 0] == 3 * 2**-8  # a neighbour gets the weight, the centre what 16 bit has of 3 + 3 / 256
-    assert found[0, 2, 2, 0] == torch.tensor(3 + 3 * 2**-8).bfloat16()
 
 
 def test_a_fused_network_keeps_its_outputs():

@@ -25,7 +25,7 @@ from torch.nn.functional import gelu
 from vertebra.backbones.building import BackboneOptions, build, check_at_least, check_images, drop_rates
 from vertebra.blocks.cross_scale_attention import CrossScaleAttention, of_pairs
 from vertebra.blocks.cross_scale_embedding import cross_scale_embedding
-from vertebra.blocks.gnconv import Dense
+from vertebra.blocks.rows import Dense
 from vertebra.blocks.windows import Sides
 from vertebra.contracts import Backbone, Check, Effect, Features, Level, Measured, Preprocess
 from vertebra.data.dataset import Dataset, Split

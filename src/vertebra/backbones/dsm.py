@@ -18,7 +18,7 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from vertebra.backbones.building import BackboneOptions, build, check_at_least, check_images, drop_rates
-from vertebra.blocks.gnconv import Dense
+from vertebra.blocks.rows import Dense
 from vertebra.blocks.spectrum_mixer import DSMixer, Weighting, spectrum_mixer
 from vertebra.contracts import Backbone, Check, Effect, Features, Level, Measured, Preprocess
 from vertebra.data.dataset import Dataset, Split

@@ -17,7 +17,8 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from vertebra.backbones.building import BackboneOptions, build, check_at_least, check_images, drop_rates
-from vertebra.blocks.gnconv import Dense, gnconv
+from vertebra.blocks.gnconv import gnconv
+from vertebra.blocks.rows import Dense
 from vertebra.contracts import Backbone, Check, Effect, Features, Level, Measured, Preprocess
 from vertebra.data.dataset import Dataset, Split
 from vertebra.errors import UsageError

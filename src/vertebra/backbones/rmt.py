@@ -17,11 +17,11 @@ from typing import Any, Literal, Unpack, get_args
 import torch
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, gelu
+from torch.nn.functional import gelu
 
 from vertebra.backbones.building import BackboneOptions, build, check_at_least, check_images, drop_rates
-from vertebra.blocks.gnconv import Dense
 from vertebra.blocks.manhattan_attention import Form, ManhattanAttention, Prior
+from vertebra.blocks.rows import Dense, Local
 from vertebra.contracts import Backbone, Check, Effect, Features, Level, Measured, Preprocess
 from vertebra.data.dataset import Dataset, Split
 from vertebra.errors import UsageError
@@ -333,32 +333,6 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Rows (B, H, W, dim) to rows of the same shape."""
         return self.narrow(self.local(gelu(self.widen(x))))
-
-
-class Local(nn.Conv2d):
-    """A 3 x 3 depthwise convolution of rows (B, H, W, C) beside its shortcut: x + conv(x) by one convolution.
-
-    The shortcut is one more in the centre of the kernel. In 16 bit a sum with 1 would round the weight away, so that
-    there the two are added as they are written.
-    """
-
-    centre: Tensor
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, 3, padding=1, groups=channels)
-        self.register_buffer("centre", torch.zeros(1, 1, 3, 3), persistent=False)
-        self.centre[:, :, 1, 1] = 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Rows to rows of the same shape."""
-        maps = x.permute(0, 3, 1, 2)
-        halved = x.dtype not in (torch.float32, torch.float64)
-        exact = not halved and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
-        if exact:
-            y = conv2d(maps, self.weight + self.centre, self.bias, 1, 1, 1, self.groups)
-        else:
-            y = maps + super().forward(maps)
-        return y.permute(0, 2, 3, 1)
 
 
 _RULES = [

@@ -16,12 +16,11 @@ from typing import Any, Literal, Unpack, get_args
 import torch
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
-from torch.nn.functional import conv2d
 
 from vertebra.backbones.building import BackboneOptions, build, check_at_least, check_images, drop_rates
 from vertebra.blocks.attention import attend
-from vertebra.blocks.gnconv import Dense
-from vertebra.blocks.scale_aware_modulation import ScaleAwareModulation, activated, start
+from vertebra.blocks.rows import Dense, Local, activated
+from vertebra.blocks.scale_aware_modulation import ScaleAwareModulation, start
 from vertebra.contracts import Backbone, Check, Effect, Features, Level, Measured, Preprocess
 from vertebra.data.dataset import Dataset, Split
 from vertebra.errors import UsageError
@@ -325,31 +324,6 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Rows (B, H, W, dim) to rows of the same shape."""
         return self.narrow(activated(self.local(self.widen(x))))
-
-
-class Local(nn.Conv2d):
-    """A 3 x 3 depthwise convolution of rows (B, H, W, C) beside its shortcut, which is one more in the kernel's centre.
-
-    In 16 bit a sum with 1 would round the weight away: there the two are added as they are written.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, 3, padding=1, groups=channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Rows to rows of the same shape."""
-        maps = x.permute(0, 3, 1, 2)
-        exact = x.dtype in (torch.float32, torch.float64)
-        if exact and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
-            y = conv2d(maps, self.weight + _centre(self.weight), self.bias, 1, 1, 1, self.groups)
-        else:
-            y = maps + super().forward(maps)
-        return y.permute(0, 2, 3, 1)
-
-
-def _centre(like: Tensor) -> Tensor:
-    """(1, 1, 3, 3), one in the middle."""
-    return nn.functional.pad(like.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
 
 
 _RULES = [

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vertebra.blocks.attention import attention
-from vertebra.blocks.gnconv import Dense
+from vertebra.blocks.rows import Dense
 from vertebra.blocks.window_attention import OfMaps
 from vertebra.blocks.windows import Sides, group, padded, seen, ungroup
 from vertebra.errors import UsageError, near

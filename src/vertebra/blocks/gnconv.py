@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vertebra.blocks.depthwise import convolve
+from vertebra.blocks.rows import Dense, dense
 from vertebra.errors import UsageError, near
 
 VARIANTS: dict[str, dict[str, Any]] = {"7x7": {"grid": None}, "gf": {"grid": (14, 14)}}
@@ -104,34 +105,6 @@ class GnConv(nn.Module):
         for step, gate in zip(self.steps, gates[1:], strict=True):
             gated = step(gated) * gate
         return self.proj_out(gated).permute(0, 3, 1, 2)
-
-
-class Dense(nn.Linear):
-    """A linear layer over the channels of maps (B, H, W, C), by `dense`."""
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
-        """Maps (B, H, W, C) to maps of other channels."""
-        return dense(input, self.weight, self.bias)
-
-
-def dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A linear layer over the channels of maps, up to twice as fast on CPUs.
-
-    Args:
-        x: (B, H, W, C).
-        weight: (outputs, C).
-        bias: (outputs,).
-
-    Returns:
-        (B, H, W, outputs).
-    """
-    plain = torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32
-    if plain or x.shape[:3].numel() < 64 or not torch.backends.mkldnn.is_available():
-        return nn.functional.linear(x, weight, bias)
-    # oneDNN's product is the faster one in 32 bit. Dilation means nothing to a kernel of 1 x 1, but makes torch take
-    # oneDNN where it runs in one thread.
-    maps, kernels = x.permute(0, 3, 1, 2), weight[:, :, None, None]
-    return nn.functional.conv2d(maps, kernels, bias, dilation=2).permute(0, 2, 3, 1)
 
 
 class LongConv(nn.Conv2d):

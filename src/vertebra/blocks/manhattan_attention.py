@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from vertebra.blocks.attention import attend
 from vertebra.blocks.depthwise import depthwise
-from vertebra.blocks.gnconv import Dense
 from vertebra.blocks.positions import rotated
 from vertebra.blocks.retention import distance_decays
+from vertebra.blocks.rows import Dense
 from vertebra.blocks.window_attention import OfMaps
 from vertebra.blocks.windows import Sides
 from vertebra.errors import UsageError, near

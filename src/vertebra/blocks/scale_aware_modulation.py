@@ -16,10 +16,10 @@ from math import prod, sqrt
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, gelu
+from torch.nn.functional import conv2d
 
 from vertebra.blocks.depthwise import Depthwise
-from vertebra.blocks.gnconv import Dense
+from vertebra.blocks.rows import Dense, activated
 from vertebra.blocks.window_attention import OfMaps
 from vertebra.errors import UsageError
 
@@ -112,12 +112,6 @@ def start(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=sqrt(2 / fan))
     if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
         nn.init.zeros_(module.bias)
-
-
-def activated(x: Tensor) -> Tensor:
-    """GELU of a tensor that nobody else reads: in place where no gradient will ask for what was there."""
-    kept = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    return gelu(x) if kept else torch.ops.aten.gelu_(x)
 
 
 class Scale(Depthwise):

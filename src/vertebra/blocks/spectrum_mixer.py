@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vertebra.blocks.dct import constant, dct2
 from vertebra.blocks.depthwise import depthwise
-from vertebra.blocks.gnconv import Dense
+from vertebra.blocks.rows import Dense
 from vertebra.errors import UsageError, near
 
 Weighting: TypeAlias = Literal["bands", "filters", "static"]

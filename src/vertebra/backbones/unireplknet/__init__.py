@@ -19,11 +19,11 @@ from timm.layers.norm import LayerNorm2d
 from timm.layers.weight_init import trunc_normal_
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
-from torch.nn.functional import gelu
 
 from vertebra.backbones.building import BackboneOptions, build, check_at_least, check_images, drop_rates
 from vertebra.blocks.depthwise import depthwise
 from vertebra.blocks.dilated_reparam import TABLE, DilatedReparam, dilated_reparam, filled, folded
+from vertebra.blocks.rows import activated, kept
 from vertebra.contracts import Backbone, Check, Effect, Features, Level, Measured, Preprocess
 from vertebra.errors import UsageError
 from vertebra.paper import Paper
@@ -255,7 +255,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to maps."""
         y = self.squeeze(self.norm(self.spatial(x)))
-        y = self.narrow(self.response(_activated(self.widen(_last(y)))))  # (B, H, W, C)
+        y = self.narrow(self.response(activated(self.widen(_last(y)))))  # (B, H, W, C)
         y = self.narrow_norm(y.permute(0, 3, 1, 2))
         if isinstance(self.drop, nn.Identity):
             return torch.addcmul(x, y, self.scale[:, None, None])
@@ -305,7 +305,7 @@ class Deployed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to maps."""
         y = self.squeeze(self.spatial(x))
-        y = self.narrow(self.response(_activated(self.widen(_last(y)))))  # (B, H, W, C)
+        y = self.narrow(self.response(activated(self.widen(_last(y)))))  # (B, H, W, C)
         return x + self.drop(y.permute(0, 3, 1, 2))
 
 
@@ -358,16 +358,6 @@ def _last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 
 
-def _activated(x: Tensor) -> Tensor:
-    """GELU; in place where no gradient will ask for what was there."""
-    return gelu(x) if _kept(x) else torch.ops.aten.gelu_(x)
-
-
-def _kept(x: Tensor) -> bool:
-    """Whether a tensor of ours must stay as it is: a gradient may need it, or a graph is being made."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
-
-
 class Squeeze(nn.Module):
     """Squeeze-and-excitation: a gate for each channel from the means of all (arXiv 1709.01507)."""
 
@@ -400,7 +390,7 @@ class Response(nn.Module):
         """Maps (B, H, W, C) to maps."""
         strength = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)  # (B, 1, 1, C)
         gates = self.gain * (strength / (strength.mean(-1, keepdim=True) + EPS)) + 1
-        if _kept(x):
+        if kept():
             return x * gates if self.bias is None else torch.addcmul(self.bias, x, gates)
         return x.mul_(gates) if self.bias is None else torch.addcmul(self.bias, x, gates, out=x)
 
