@@ -17,11 +17,11 @@ from typing import Any, Literal, Unpack, get_args
 import torch
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
-from torch.nn.functional import gelu
 
 from vertebra.backbones.building import BackboneOptions, build, check_at_least, check_images, drop_rates
+from vertebra.blocks.local_mlp import LocalMLP
 from vertebra.blocks.manhattan_attention import Form, ManhattanAttention, Prior
-from vertebra.blocks.rows import Dense, Local
+from vertebra.blocks.rows import Local
 from vertebra.contracts import Backbone, Check, Effect, Features, Level, Measured, Preprocess
 from vertebra.data.dataset import Dataset, Split
 from vertebra.errors import UsageError
@@ -164,7 +164,7 @@ class RMT(Backbone):
                 mixer = ManhattanAttention(
                     dim=dims[stage], heads=heads[stage], form=form, reach=reach, spread=spreads[stage], local=local
                 )
-                ffn = FeedForward(dims[stage], int(dims[stage] * ratios[stage]))
+                ffn = LocalMLP(dims[stage], int(dims[stage] * ratios[stage]), "after")
                 blocks.append(Block(dims[stage], mixer, ffn, positions=positions, scale=scale, drop=rate))
             self.stages.append(Stage(Down(dims[stage - 1], dims[stage]) if stage else nn.Identity(), blocks))
         # a convolution, since a norm that follows one can be folded
@@ -313,26 +313,6 @@ class Block(nn.Module):
         if scale is None:
             return x + self.drop(y)
         return torch.addcmul(x, y, scale) if isinstance(self.drop, nn.Identity) else x + self.drop(y * scale)
-
-
-class FeedForward(nn.Module):
-    """Two linear layers; between them GELU and a depthwise convolution beside its shortcut.
-
-    Attributes:
-        widen: dim to hidden.
-        local: the convolution with its shortcut.
-        narrow: hidden to dim.
-    """
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.widen = Dense(dim, hidden)
-        self.local = Local(hidden)
-        self.narrow = Dense(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Rows (B, H, W, dim) to rows of the same shape."""
-        return self.narrow(self.local(gelu(self.widen(x))))
 
 
 _RULES = [

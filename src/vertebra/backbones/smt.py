@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from vertebra.backbones.building import BackboneOptions, build, check_at_least, check_images, drop_rates
 from vertebra.blocks.attention import attend
-from vertebra.blocks.rows import Dense, Local, activated
+from vertebra.blocks.local_mlp import LocalMLP
+from vertebra.blocks.rows import Dense
 from vertebra.blocks.scale_aware_modulation import ScaleAwareModulation, start
 from vertebra.contracts import Backbone, Check, Effect, Features, Level, Measured, Preprocess
 from vertebra.data.dataset import Dataset, Split
@@ -143,7 +144,7 @@ class SMT(Backbone):
                 kind = mixers[stage] if mixers[stage] != "alternate" else ("modulation", "attention")[number % 2]
                 modulates = kind == "modulation"
                 mixer = ScaleAwareModulation(dim=dim, kernels=kernels) if modulates else Attention(dim, heads[stage])
-                mlp = FeedForward(dim, max(1, int(dim * ratios[stage])))
+                mlp = LocalMLP(dim, max(1, int(dim * ratios[stage])), "before").apply(start)
                 blocks.append(Block(dim, mixer, mlp, scale=layer_scale, drop=rate))
             embed = Embed(dims[stage - 1], dim) if stage else Stem(preprocess.channels, dim, kernel, halvings)
             self.stages.append(Stage(dim, embed, blocks))
@@ -305,25 +306,6 @@ class Attention(nn.Module):
         values = found[..., 2 * x.shape[-1] :].permute(0, 3, 1, 2)
         y = attend(q, k, v).view(x.shape)
         return self.proj(y + self.local(values).permute(0, 2, 3, 1))
-
-
-class FeedForward(nn.Module):
-    """Two linear layers; between them a depthwise convolution beside its shortcut, then GELU.
-
-    Attributes:
-        widen: dim to hidden.
-        local: the convolution with its shortcut.
-        narrow: hidden to dim.
-    """
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.widen, self.local, self.narrow = Dense(dim, hidden), Local(hidden), Dense(hidden, dim)
-        self.apply(start)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Rows (B, H, W, dim) to rows of the same shape."""
-        return self.narrow(activated(self.local(self.widen(x))))
 
 
 _RULES = [
