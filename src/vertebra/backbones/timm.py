@@ -204,10 +204,11 @@ class Timm(Backbone):
 
     @property
     def altered(self) -> bool:
-        """Whether the network has other weights than timm's of that name: surgery changed it."""
+        """Whether the network has other layers or weights than timm's of that name: a page or surgery changed it."""
         with torch.device("meta"):
             plain = self._blueprint.build()
-        return plain.state_dict().keys() != self.network.state_dict().keys()
+        layers = ([*map(type, network.modules())] for network in (plain, self.network))
+        return plain.state_dict().keys() != self.network.state_dict().keys() or next(layers) != next(layers)
 
     def trunk(self) -> Sequence[nn.Module]:
         """The blocks in the order in which the signal meets them, stem first.
