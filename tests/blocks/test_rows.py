@@ -2,23 +2,32 @@
 
 from typing import Any
 
+import pytest
 import torch
+from timm.layers.mlp import Mlp
 from torch import nn
 from torch.nn.functional import gelu
 
-from vertebra.blocks.rows import Dense, Local, activated
+from vertebra.blocks.rows import Dense, FeedForward, Local, activated
 from vertebra.parity import fill, images
 
 
-def test_linear_layers_are_linear_layers():
-    layer = fill(Dense(24, 40))
-    for shape in ((2, 8, 8, 24), (1, 3, 5, 24)):  # by a convolution, and too few pixels for one
-        x = images(shape).requires_grad_()
-        expected = nn.functional.linear(x, layer.weight, layer.bias)
-        torch.testing.assert_close(layer(x), expected)
-        wanted = (x, layer.weight, layer.bias)
-        grads = [torch.autograd.grad((out**2).sum(), wanted) for out in (layer(x), expected)]
-        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-3)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(2, 8, 8, 24), (1, 3, 5, 24), (2, 50, 24), (100, 24), (2, 3, 4, 5, 24), (24,)])
+def test_linear_layers_are_linear_layers(shape, bias):
+    """By a convolution, or by torch's own where there are too few cells for one."""
+    layer, x = fill(Dense(24, 40, bias=bias)), images(shape).requires_grad_()
+    expected = nn.functional.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(layer(x), expected)
+    wanted = (x, *layer.parameters())
+    grads = [torch.autograd.grad((out**2).sum(), wanted) for out in (layer(x), expected)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-3)
+
+
+def test_a_feed_forward_is_timms():
+    mine, theirs = fill(FeedForward(12, 30)), fill(Mlp(12, 30))
+    assert mine.state_dict().keys() == theirs.state_dict().keys()
+    torch.testing.assert_close(mine(images((2, 40, 12))), theirs(images((2, 40, 12))))
 
 
 def test_a_shortcut_within_the_kernel():

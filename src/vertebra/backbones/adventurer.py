@@ -23,6 +23,7 @@ from torch.nn.functional import pad, silu
 
 from vertebra.backbones.building import BackboneOptions, build, check_at_least, check_images, drop_rates
 from vertebra.blocks.mamba2 import EPS, mamba2
+from vertebra.blocks.rows import Dense
 from vertebra.blocks.state_space_duality import Form
 from vertebra.contracts import Backbone, Features, Level, Preprocess
 from vertebra.errors import UsageError
@@ -212,7 +213,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.gate, self.value, self.out = nn.Linear(dim, hidden), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.gate, self.value, self.out = Dense(dim, hidden), Dense(dim, hidden), Dense(hidden, dim)
         for layer in (self.gate, self.value, self.out):
             nn.init.zeros_(layer.bias)
 

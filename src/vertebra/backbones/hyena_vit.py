@@ -15,7 +15,6 @@ from typing import Any, Literal, Unpack
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from timm.layers.drop import DropPath
-from timm.layers.mlp import Mlp
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from vertebra.backbones.building import BackboneOptions, build, check_at_least, check_images, drop_rates
 from vertebra.blocks.attention import attention
 from vertebra.blocks.hyena_nd import HyenaOptions, hyena_nd, names
+from vertebra.blocks.rows import FeedForward
 from vertebra.contracts import Backbone, Features, Level, Preprocess
 from vertebra.errors import UsageError, near
 from vertebra.parity import convert
@@ -188,7 +188,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, 1e-6), nn.LayerNorm(dim, 1e-6)
         self.mixer, self.maps = mixer, maps
-        self.mlp = Mlp(dim, int(dim * ratio))
+        self.mlp = FeedForward(dim, int(dim * ratio))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from vertebra.backbones.building import BackboneOptions, build, check_at_least, check_images, drop_rates
+from vertebra.blocks.rows import Dense
 from vertebra.blocks.spatial_reduction_attention import spatial_reduction_attention
 from vertebra.blocks.windows import Sides
 from vertebra.contracts import Backbone, Check, Effect, Features, Level, Measured, Preprocess
@@ -271,7 +272,7 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.hidden = hidden
-        self.widen, self.act, self.narrow = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
+        self.widen, self.act, self.narrow = Dense(dim, hidden), nn.GELU(), Dense(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, N, dim) to tokens of the same shape."""

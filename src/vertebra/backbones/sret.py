@@ -30,6 +30,7 @@ from torch.nn.functional import interpolate
 
 from vertebra.backbones.building import BackboneOptions, build, check_at_least, check_images, drop_rates
 from vertebra.blocks.recursive import Kind, Scalars, Sum, recursive
+from vertebra.blocks.rows import Dense
 from vertebra.blocks.sliced_attention import Order, sliced_attention
 from vertebra.contracts import Backbone, Check, Effect, Features, Level, Measured, Preprocess
 from vertebra.data.dataset import Dataset, Split
@@ -285,7 +286,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.attn = attn
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.mlp = nn.Sequential(Dense(dim, hidden), nn.GELU(), Dense(hidden, dim))
         self.sum1, self.sum2 = Sum(scalars), Sum(scalars)
         self.drop = DropPath(drop_path) if drop_path else nn.Identity()
 

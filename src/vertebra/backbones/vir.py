@@ -27,6 +27,7 @@ from torch.nn.functional import pad
 from vertebra.backbones.building import BackboneOptions, build, check_at_least, check_images, drop_rates
 from vertebra.blocks.attention import attention
 from vertebra.blocks.retention import CHUNK, Compat, Form, Retention, causal_decays, log_rates, retention
+from vertebra.blocks.rows import Dense
 from vertebra.contracts import Backbone, Check, Effect, Features, Level, Measured, Preprocess
 from vertebra.data.dataset import Dataset, Split
 from vertebra.errors import UsageError
@@ -342,7 +343,7 @@ class Block(nn.Module):
         self.mixer = mixer
         self.scale1 = nn.Parameter(torch.full((dim,), layer_scale))
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        widen, narrow = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        widen, narrow = Dense(dim, hidden), Dense(hidden, dim)
         self.mlp = nn.Sequential(OrderedDict[str, nn.Module](widen=widen, act=nn.GELU(), narrow=narrow))
         self.scale2 = nn.Parameter(torch.full((dim,), layer_scale))
         self.drop = DropPath(drop) if drop else nn.Identity()

@@ -24,7 +24,6 @@ from typing import Any, Literal, Unpack
 
 import torch
 from timm.layers.drop import DropPath
-from timm.layers.mlp import Mlp
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -32,6 +31,7 @@ from torch.nn.functional import pad
 from vertebra.backbones.building import BackboneOptions, build, check_at_least, check_images, drop_rates
 from vertebra.blocks.attention import attention
 from vertebra.blocks.residual_spatial_reduction import Shortcut, fitted, residual_spatial_reduction
+from vertebra.blocks.rows import FeedForward
 from vertebra.contracts import Backbone, Check, Effect, Features, Level, Measured, Preprocess
 from vertebra.data.dataset import Dataset, Split
 from vertebra.errors import UsageError
@@ -290,7 +290,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = attention(dim, heads=heads, head_dim=head_dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, hidden)
+        self.mlp = FeedForward(dim, hidden)
         self.drop = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -30,7 +30,6 @@ from typing import Any, Literal, Unpack, get_args
 
 import torch
 from timm.layers.drop import DropPath
-from timm.layers.mlp import Mlp
 from timm.layers.patch_embed import resample_patch_embed
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
@@ -38,6 +37,7 @@ from torch.nn.functional import pad
 
 from vertebra.backbones.building import BackboneOptions, build, check_at_least, check_images, drop_rates, pair
 from vertebra.blocks.decomposed_relative_position import decomposed_relative_position, fitted
+from vertebra.blocks.rows import Dense, FeedForward
 from vertebra.blocks.windows import Sides, group, padded, ungroup
 from vertebra.contracts import Backbone, Features, Level, Preprocess
 from vertebra.errors import UsageError
@@ -250,7 +250,7 @@ class Block(nn.Module):
         self.window = window
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.attn = decomposed_relative_position(dim, heads=heads, sides=(window, window) if window else grid)
-        self.mlp = Mlp(dim, int(dim * ratio))
+        self.mlp = FeedForward(dim, int(dim * ratio))
         self.ls1, self.ls2 = nn.Identity(), nn.Identity()
         self.drop = DropPath(drop_path) if drop_path else nn.Identity()
         for layer in (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2):
@@ -287,9 +287,9 @@ class Bottleneck(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         half = max(1, dim // 2)
-        self.narrow, self.norm1 = nn.Linear(dim, half, bias=False), nn.LayerNorm(half, eps=1e-6)
+        self.narrow, self.norm1 = Dense(dim, half, bias=False), nn.LayerNorm(half, eps=1e-6)
         self.mix, self.norm2 = nn.Conv2d(half, half, 3, padding=1, bias=False), nn.LayerNorm(half, eps=1e-6)
-        self.widen, self.norm3 = nn.Linear(half, dim, bias=False), nn.LayerNorm(dim, eps=1e-6)
+        self.widen, self.norm3 = Dense(half, dim, bias=False), nn.LayerNorm(dim, eps=1e-6)
         self.act = nn.GELU()
         for layer in (self.narrow, self.mix, self.widen):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from vertebra.blocks.positions import rotated
+from vertebra.blocks.rows import Dense
 from vertebra.errors import UsageError
 
 VARIANTS: dict[str, dict[str, object]] = {}
@@ -58,8 +59,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.head_dim, self.drop = heads, head_dim, drop
         self.scale = head_dim**-0.5 if scale is None else scale
-        self.qkv = nn.Linear(dim, 3 * heads * head_dim, bias=bias)
-        self.proj = nn.Linear(heads * head_dim, dim)
+        self.qkv = Dense(dim, 3 * heads * head_dim, bias=bias)
+        self.proj = Dense(heads * head_dim, dim)
 
     def forward(
         self, x: Tensor, bias: Tensor | None = None, mask: Tensor | None = None, angles: Tensor | None = None

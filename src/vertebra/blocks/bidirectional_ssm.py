@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, silu, softplus
 
+from vertebra.blocks.rows import Dense
 from vertebra.blocks.selective_scan import first_biases, selective_scan
 from vertebra.errors import UsageError, near
 
@@ -80,9 +81,9 @@ class BidirectionalSSM(nn.Module):
 
     def __init__(self, *, dim: int, channels: int, directions: "list[Direction]") -> None:
         super().__init__()
-        self.inputs = nn.Linear(dim, 2 * channels, bias=False)
+        self.inputs = Dense(dim, 2 * channels, bias=False)
         self.directions = nn.ModuleList(directions)
-        self.outputs = nn.Linear(channels, dim, bias=False)
+        self.outputs = Dense(channels, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, N, dim) to tokens."""
@@ -110,7 +111,7 @@ class Direction(nn.Module):
         super().__init__()
         self.reverse, self.sizes = reverse, (rank, state, state)
         self.conv = nn.Conv1d(channels, channels, kernel, groups=channels)
-        self.select = nn.Linear(channels, rank + 2 * state, bias=False)
+        self.select = Dense(channels, rank + 2 * state, bias=False)
         self.step = nn.Linear(rank, channels)  # torch's own weights are those of Mamba, uniform within rank^-1/2
         self.decay_log = nn.Parameter(torch.arange(1.0, state + 1).log().repeat(channels, 1))
         self.skip = nn.Parameter(torch.ones(channels))

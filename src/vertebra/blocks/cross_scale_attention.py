@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from vertebra.blocks.attention import attention
-from vertebra.blocks.rows import Dense
 from vertebra.blocks.window_attention import OfMaps
 from vertebra.blocks.windows import Sides, group, padded, seen, ungroup
 from vertebra.errors import UsageError, near
@@ -92,7 +91,6 @@ class CrossScaleAttention(nn.Module):
         super().__init__()
         self.side, self.interval = side, interval
         self.attention = attention(dim, heads=heads)
-        self.attention.qkv, self.attention.proj = Dense(dim, 3 * dim), Dense(dim, dim)  # the same layers, but faster
         self.bias = DynamicPositionBias(heads=self.attention.heads, hidden=hidden)
 
     def forward(self, x: Tensor) -> Tensor:

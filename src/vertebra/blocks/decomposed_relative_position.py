@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 
 from vertebra.blocks.attention import attend
+from vertebra.blocks.rows import Dense
 from vertebra.blocks.windows import Sides
 from vertebra.errors import UsageError
 
@@ -76,11 +77,11 @@ class DecomposedRelativePosition(nn.Module):
     def __init__(self, *, dim: int, heads: int, head_dim: int, sides: Sides, prefix: int, bias: bool) -> None:
         super().__init__()
         self.heads, self.head_dim, self.prefix = heads, head_dim, prefix
-        self.qkv = nn.Linear(dim, 3 * heads * head_dim, bias=bias)
+        self.qkv = Dense(dim, 3 * heads * head_dim, bias=bias)
         self.rows = nn.Parameter(torch.zeros(2 * sides[0] - 1, head_dim))
         self.columns = nn.Parameter(torch.zeros(2 * sides[1] - 1, head_dim))
         self.q_norm, self.k_norm, self.norm = nn.Identity(), nn.Identity(), nn.Identity()
-        self.proj = nn.Linear(heads * head_dim, dim)
+        self.proj = Dense(heads * head_dim, dim)
 
     def forward(self, x: Tensor, grid: Sides | None = None) -> Tensor:
         """Tokens to tokens.

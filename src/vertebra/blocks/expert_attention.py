@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vertebra.blocks.attention import attend
 from vertebra.blocks.mixture_of_experts import Mixture, Noise, Plan, check
+from vertebra.blocks.rows import Dense
 from vertebra.errors import UsageError
 
 VARIANTS: dict[str, dict[str, object]] = {}
@@ -78,9 +79,9 @@ class MultiQueryAttention(nn.Module):
     def __init__(self, *, dim: int, heads: int, head_dim: int) -> None:
         super().__init__()
         self.heads, self.head_dim = heads, head_dim
-        self.queries = nn.Linear(dim, heads * head_dim)
-        self.shared = nn.Linear(dim, 2 * head_dim)
-        self.outputs = nn.Linear(heads * head_dim, dim)
+        self.queries = Dense(dim, heads * head_dim)
+        self.shared = Dense(dim, 2 * head_dim)
+        self.outputs = Dense(heads * head_dim, dim)
         for layer in (self.queries, self.shared, self.outputs):
             trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
@@ -100,7 +101,7 @@ class ExpertAttention(Mixture):
 
     def __init__(self, *, dim: int, width: int, experts: int, k: int, tasks: int, noise: Noise) -> None:
         super().__init__(dim=dim, width=width, experts=experts, k=k, tasks=tasks, noise=noise)
-        self.shared = nn.Linear(dim, 2 * width)
+        self.shared = Dense(dim, 2 * width)
         trunc_normal_(self.shared.weight, std=0.02)
         nn.init.zeros_(self.shared.bias)
 

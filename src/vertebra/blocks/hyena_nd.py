@@ -30,6 +30,7 @@ import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
 
 from vertebra.blocks.long_convolution import convolve, exact
+from vertebra.blocks.rows import Dense
 from vertebra.contracts import Backbone, Check, Effect, Measured
 from vertebra.data.dataset import Dataset, Split
 from vertebra.errors import UsageError, near
@@ -179,13 +180,13 @@ class HyenaND(nn.Module):
         self.flips = _flips(axes)
         copies, corners = 4 if directions == "parallel" else 1, len(self.flips)
         convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
-        self.in_proj = nn.Linear(dim, inner)
+        self.in_proj = Dense(dim, inner)
         self.short_filter = convolution(inner, copies * inner, 3, padding=1, groups=inner)
         self.kernel = Kernels(channels=(order - 1) * dim, grid=grid, **kernels)
         self.skip = nn.Parameter(torch.randn((order - 1) * dim))
         mixes = {"4dir": lambda: nn.Linear(corners, 1), "4dirp": lambda: nn.Linear(corners * dim, dim)}
         self.mix = mixes[directions]() if directions in mixes else None
-        self.out_proj = nn.Linear(copies * dim, dim)
+        self.out_proj = Dense(copies * dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens (B, prefix + N, dim), by rows of the grid, or maps (B, *sides, dim), to the same.

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor, nn
 
+from vertebra.blocks.rows import Dense
 from vertebra.blocks.selective_scan import first_biases
 from vertebra.blocks.state_space_duality import Form, dual_scan
 from vertebra.errors import UsageError
@@ -84,13 +85,13 @@ class Mamba2(nn.Module):
         self.sizes, self.parts = (inner, mixed, heads), (inner, groups * state, groups * state)
         self.head_dim, self.groups = head_dim, groups
         self.form: Form = form
-        self.project = nn.Linear(dim, inner + mixed + heads, bias=False)
+        self.project = Dense(dim, inner + mixed + heads, bias=False)
         self.conv = nn.Conv1d(mixed, mixed, kernel, padding=kernel - 1, groups=mixed)
         self.step_bias = nn.Parameter(first_biases(heads))
         self.decay_log = nn.Parameter(torch.empty(heads).uniform_(*DECAYS).log())
         self.skip = nn.Parameter(torch.ones(heads))
         self.norm = nn.RMSNorm(inner, EPS)
-        self.out = nn.Linear(inner, dim, bias=False)
+        self.out = Dense(inner, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, N, dim) to tokens."""

@@ -15,6 +15,7 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
+from vertebra.blocks.rows import Dense
 from vertebra.errors import UsageError
 
 VARIANTS: dict[str, dict[str, object]] = {}
@@ -72,8 +73,8 @@ class Performer(nn.Module):
     def __init__(self, *, dim: int, heads: int, head_dim: int, features: int, outputs: int, scale: float) -> None:
         super().__init__()
         self.heads, self.head_dim, self.scale = heads, head_dim, scale
-        self.kqv = nn.Linear(dim, 3 * heads * head_dim)
-        self.proj = nn.Linear(heads * head_dim, outputs)
+        self.kqv = Dense(dim, 3 * heads * head_dim)
+        self.proj = Dense(heads * head_dim, outputs)
         drawn = nn.init.orthogonal_(torch.empty(features, head_dim)) * sqrt(features)
         self.directions = nn.Parameter(drawn, requires_grad=False)
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from vertebra.blocks.rows import Dense
 from vertebra.errors import UsageError
 
 VARIANTS: dict[str, dict[str, object]] = {}
@@ -94,7 +95,7 @@ class Projection(nn.Module):
     def __init__(self, dim: int, hidden: int, *, scalars: Scalars = "learned") -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.mlp = nn.Sequential(Dense(dim, hidden), nn.GELU(), Dense(hidden, dim))
         self.sum = Sum(scalars)
 
     def forward(self, x: Tensor) -> Tensor:

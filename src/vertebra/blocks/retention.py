@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from vertebra.blocks.rows import Dense
 from vertebra.errors import UsageError
 
 Form = Literal["auto", "parallel", "recurrent", "chunkwise"]
@@ -99,8 +100,8 @@ class Retention(nn.Module):
         super().__init__()
         self.heads, self.chunk, self.late, self.compat = heads, chunk, late, compat
         self.form = form
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Dense(dim, 3 * dim)
+        self.proj = Dense(dim, dim)
 
     @property
     def form(self) -> Form:

@@ -1,4 +1,4 @@
-"""Layers of transformers over maps that lie as rows of cells, (B, H, W, C), as fast as a CPU has them.
+"""Layers of transformers over tokens, or maps that lie as rows of cells (B, H, W, C), as fast as a CPU has them.
 
 No page: a tool of the backbones and blocks that keep their maps so.
 """
@@ -9,31 +9,49 @@ from torch.nn.functional import conv2d, gelu
 
 
 class Dense(nn.Linear):
-    """A linear layer over the channels of maps (B, H, W, C), by `dense`."""
+    """A linear layer over the last dimension, by `dense`."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
-        """Maps (B, H, W, C) to maps of other channels."""
+        """(..., C) to (..., outputs)."""
         return dense(input, self.weight, self.bias)
 
 
-def dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A linear layer over the channels of maps, up to twice as fast on CPUs.
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer over the last dimension, up to twice as fast on CPUs.
 
     Args:
-        x: (B, H, W, C).
+        x: (B, H, W, C), (B, N, C), or with any other dimensions in front.
         weight: (outputs, C).
         bias: (outputs,).
 
     Returns:
-        (B, H, W, outputs).
+        (..., outputs).
     """
     plain = torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32
-    if plain or x.shape[:3].numel() < 64 or not torch.backends.mkldnn.is_available():
+    if plain or x.shape[:-1].numel() < 64 or not torch.backends.mkldnn.is_available():
         return nn.functional.linear(x, weight, bias)
     # oneDNN's product is the faster one in 32 bit. Dilation means nothing to a kernel of 1 x 1, but makes torch take
     # oneDNN where it runs in one thread.
-    maps, kernels = x.permute(0, 3, 1, 2), weight[:, :, None, None]
-    return nn.functional.conv2d(maps, kernels, bias, dilation=2).permute(0, 2, 3, 1)
+    rows = x if x.ndim == 4 else x.reshape(1, *x.shape[-3:]) if x.ndim == 3 else x.reshape(1, 1, -1, x.shape[-1])
+    maps = conv2d(rows.permute(0, 3, 1, 2), weight[:, :, None, None], bias, dilation=2)
+    return maps.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with GELU between them, named as timm's `Mlp`.
+
+    Attributes:
+        fc1: dim to hidden.
+        fc2: back.
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = Dense(dim, hidden), nn.GELU(), Dense(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) to the same."""
+        return self.fc2(self.act(self.fc1(x)))
 
 
 class Local(nn.Conv2d):

@@ -20,6 +20,7 @@ from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, pad, softplus
 
+from vertebra.blocks.rows import Dense
 from vertebra.blocks.selective_scan import first_biases, selective_scan
 from vertebra.errors import UsageError, near
 
@@ -75,7 +76,7 @@ class SnakeScan(nn.Module):
     def __init__(self, *, channels: int, state: int, rank: int, start: Start, corrected: bool) -> None:
         super().__init__()
         self.corrected, self.sizes = corrected, (rank, state, state)
-        self.select = nn.Linear(channels, rank + 2 * state, bias=False)
+        self.select = Dense(channels, rank + 2 * state, bias=False)
         self.step = nn.Linear(rank, channels)  # torch's own weights are those of Mamba, uniform within rank^-1/2
         self.decay_log = nn.Parameter(torch.arange(1.0, state + 1).log().repeat(channels, 1))
         self.skip = nn.Parameter(torch.ones(channels))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vertebra.blocks.attention import attend
+from vertebra.blocks.rows import Dense
 from vertebra.blocks.windows import Sides, padded
 from vertebra.errors import UsageError
 
@@ -70,11 +71,11 @@ class SpatialReductionAttention(nn.Module):
     def __init__(self, *, dim: int, heads: int, reduction: int, prefix: int, bias: bool, drop: float) -> None:
         super().__init__()
         self.heads, self.reduction, self.prefix, self.drop = heads, reduction, prefix, drop
-        self.q = nn.Linear(dim, dim, bias=bias)
-        self.kv = nn.Linear(dim, 2 * dim, bias=bias)
+        self.q = Dense(dim, dim, bias=bias)
+        self.kv = Dense(dim, 2 * dim, bias=bias)
         self.reduce = nn.Conv2d(dim, dim, reduction, reduction) if reduction > 1 else None
         self.norm = nn.LayerNorm(dim) if reduction > 1 else None  # eps 1e-5, unlike the norms of the reference's blocks
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Dense(dim, dim)
 
     def forward(self, x: Tensor, grid: Sides | None = None) -> Tensor:
         """Tokens to tokens.

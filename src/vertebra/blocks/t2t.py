@@ -19,6 +19,7 @@ from torch.nn.functional import avg_pool2d, conv2d, linear
 
 from vertebra.blocks.attention import attend
 from vertebra.blocks.performer import performer
+from vertebra.blocks.rows import Dense
 from vertebra.contracts import Level
 from vertebra.errors import UsageError
 
@@ -136,7 +137,7 @@ class Restructure(nn.Module):
         )
         self.dropout = nn.Dropout(drop)
         self.norm2 = nn.LayerNorm(hidden)
-        self.mlp = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.Dropout(drop))
+        self.mlp = nn.Sequential(Dense(hidden, hidden), nn.GELU(), Dense(hidden, hidden), nn.Dropout(drop))
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to maps (B, hidden, rows, columns), channels last in memory."""
@@ -158,7 +159,7 @@ class _Softmax(nn.Module):
 
     def __init__(self, inputs: int, hidden: int) -> None:
         super().__init__()
-        self.qkv, self.proj = nn.Linear(inputs, 3 * hidden, bias=False), nn.Linear(hidden, hidden)
+        self.qkv, self.proj = Dense(inputs, 3 * hidden, bias=False), Dense(hidden, hidden)
         self.scale = inputs**-0.5  # of the tokens' width, not of the queries'
 
     def mixed(self, qkv: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,11 +18,11 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
 from vertebra.backbones.building import check_at_least, check_images
 from vertebra.blocks.attention import attention
+from vertebra.blocks.rows import FeedForward
 from vertebra.contracts import Backbone, Effect, Features, Operated
 from vertebra.data.dataset import Dataset
 from vertebra.errors import UsageError, near
@@ -217,7 +217,7 @@ class _Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = attention(dim, heads=heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, 4 * dim)
+        self.mlp = FeedForward(dim, 4 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
