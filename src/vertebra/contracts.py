@@ -102,6 +102,13 @@ class Backbone(nn.Module, ABC):
         """
         return tuple(range(tokens - cells))
 
+    def parted(self, tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N, C) as special ones (B, K, C) and a map (B, C, h, w) of the others."""
+        count, cells = tokens.shape[1], grid[0] * grid[1]
+        special = self.special_tokens(count, cells)
+        places = sorted({*range(count)} - {*special})
+        return tokens[:, list(special)], tokens[:, places].mT.unflatten(2, grid)
+
 
 class Neck(nn.Module, ABC):
     """Pyramid to pyramid: `Neck(levels, *, ...)`.

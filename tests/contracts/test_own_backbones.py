@@ -69,12 +69,10 @@ def test_levels_at_any_size(page, size):
         sides = zip(batch.shape[2:], feature.shape[2:], strict=True)
         assert all(abs(side / level.stride - cells) <= 1 for side, cells in sides)
     if features.tokens is not None:  # special ones, and the last map's cells row by row, with or without a norm
-        count, last = features.tokens.shape[1], features.pyramid[-1].flatten(2).mT
-        places = sorted({*range(count)} - {*backbone.special_tokens(count, last.shape[1])})
-        tokens, cells = (
-            (x - x.mean(2, keepdim=True)) / x.std(2, keepdim=True) for x in (features.tokens[:, places], last)
-        )
-        torch.testing.assert_close(tokens, cells, rtol=1e-3, atol=1e-3)
+        last = features.pyramid[-1]
+        _, found = backbone.parted(features.tokens, (last.shape[2], last.shape[3]))
+        found, last = ((x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True) for x in (found, last))
+        torch.testing.assert_close(found, last, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("page", PAGES)

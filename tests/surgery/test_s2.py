@@ -12,6 +12,7 @@ from vertebra.backbones.vim import vim
 from vertebra.contracts import Backbone, Measured
 from vertebra.errors import UsageError
 from vertebra.parity import check_golden, difference, fill, images, stored
+from vertebra.probes.grad_cam.sites import site_of
 from vertebra.spec import Spec
 from vertebra.surgery.s2 import S2, experiment, merge, s2, split
 from vertebra.tasks.classify import classify
@@ -152,6 +153,21 @@ def test_a_class_token_comes_first_wherever_it_was():
     assert found.tokens is not None and found.tokens.shape == (1, 1 + 64, 2 * 64)
     assert torch.equal(found.tokens[:, 0], found.pooled)
     assert torch.equal(found.tokens[:, 1:], found.pyramid[-1].flatten(2).mT)
+
+
+@pytest.mark.parametrize(
+    ("options", "look"),
+    [({}, 0), ({"scales": (2, 1)}, 1), ({"scales": (2, 1), "tiles": "in_turn"}, 4), ({"scales": (2,)}, None)],
+)
+def test_explanations_look_at_the_image_in_one_piece(options, look):
+    model = over_scales(vit(), **options)
+    assert model.whole_look == look
+    if look is None:
+        with pytest.raises(UsageError, match="no part of S2 gives more than one cell"):
+            site_of(model, images((1, 3, 64, 64)))
+        return
+    site = site_of(model, images((1, 3, 64, 64)))
+    assert (site.call, site.grid, site.special) == (look, (4, 4), (0,)) and site.layer.startswith("inner.")
 
 
 def test_tiles_in_turn_and_copies():

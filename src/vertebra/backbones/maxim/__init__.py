@@ -52,7 +52,7 @@ PAPER = Paper(
     numbers="parameters to the last one, of five networks with the convolutions that make images; the GFLOPs that the"
     " authors print are a compiler's, about 2.2 times the multiply-adds",
     note="The network, its images of every stage and scale, and the conversion of released weights. Training for"
-    " restoration (the loss over stages and scales) comes with that task; the comparison with Restormer, which needs a GPU,"
+    " restoration (the loss over stages and scales) comes with that task; the comparison with Restormer needs a GPU and"
     " was not run.",
 )
 

@@ -60,6 +60,7 @@ class Seen(NamedTuple):
     layer: str
     call: int
     output: Tensor
+    look: int
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
@@ -94,13 +95,15 @@ def site_of(
         pyramid = getattr(features, "pyramid", ())
         grids.extend((int(level.shape[-2]), int(level.shape[-1])) for level in pyramid)
 
-    handle = network.register_forward_hook(note)
+    looking = [part for part in (network, getattr(network, "inner", None)) if isinstance(part, nn.Module)]
+    handles = [part.register_forward_hook(note) for part in looking]
     try:
         with torch.set_grad_enabled(layer is None), watched(model, names, norms=layer is None) as seen:
             outputs = model(images.detach().clone().requires_grad_(layer is None))
             total = torch.zeros(()) if layer is not None else (score or _everything)(outputs).sum()
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     grids = sorted(set(grids)) or _guessed(images, seen)
     if layer is not None:
         return _given(names[0], seen, grids, network)
@@ -175,12 +178,16 @@ def watched(model: nn.Module, names: Sequence[str], *, norms: bool) -> Iterator[
     seen: list[Seen] = []
     calls: dict[str, int] = {}
     given: list[Any] = []
+    inner, looks = getattr(backbone_of(model), "inner", None), [0]
+
+    def look(_: nn.Module, __: tuple) -> None:
+        looks[0] += 1
 
     def keep(name: str, output: Any) -> None:
         call = calls[name] = calls.get(name, -1) + 1
         first = output[0] if isinstance(output, tuple | list) and output else output
         if isinstance(first, Tensor):
-            seen.append(Seen(name, call, first))
+            seen.append(Seen(name, call, first, max(0, looks[0] - 1)))
 
     def enter(_: nn.Module, inputs: tuple) -> None:
         given[:] = inputs[:1]
@@ -188,7 +195,7 @@ def watched(model: nn.Module, names: Sequence[str], *, norms: bool) -> Iterator[
     def norm(name: str) -> Callable[[nn.Module, tuple, Any], None]:
         return lambda _, inputs, output: keep(name, output) if given and inputs and inputs[0] is given[0] else None
 
-    handles = []
+    handles = [inner.register_forward_pre_hook(look)] if isinstance(inner, Backbone) else []
     for name in names:
         module = module_named(model, name)
         handles.append(module.register_forward_hook(lambda _, __, output, name=name: keep(name, output)))
@@ -207,9 +214,15 @@ def watched(model: nn.Module, names: Sequence[str], *, norms: bool) -> Iterator[
 
 
 def _deepest(seen: Sequence[Seen], grids: Sequence[Grid], total: Tensor, network: nn.Module) -> Site:
-    """The last output whose cells reach the score; where nothing reaches it (weights of zero), the last at all."""
-    connected = None
+    """The last output whose cells reach the score; where nothing reaches it (weights of zero), the last at all.
+
+    Of a backbone that runs the one inside several times (on crops, on tiles), what the run on the whole image gives:
+    the first, unless `whole_look` says which.
+    """
+    connected, whole = None, getattr(network, "whole_look", 0)
     for one in reversed(seen):
+        if one.layer.startswith("inner.") and one.look != whole:
+            continue
         site = layout_of(one, grids, network)
         if site is None or not one.output.requires_grad:
             continue

@@ -127,7 +127,7 @@ class GLSim(Backbone):
     """A backbone that looks twice; build it with `glsim`, which explains the arguments.
 
     Batch norms, where the backbone has them, see images and crops one after the other. So do hooks: a layer's first
-    call is at the image, its second at the crop. Grad-CAM takes the last one; its `Site` with `call=0` is of the image.
+    call is at the image, at which explanations look too, its second at the crop.
 
     Attributes:
         inner: the backbone.

@@ -29,17 +29,15 @@ def cells_of(backbone: Backbone, features: Features, level: int) -> Tensor:
     cells, tokens = features.pyramid[level], features.tokens
     if tokens is None or level != len(features.pyramid) - 1:
         return cells
-    count, grid = tokens.shape[1], cells.shape[2:]
-    places = sorted({*range(count)} - {*backbone.special_tokens(count, grid.numel())})
-    return tokens[:, places].mT.unflatten(2, tuple(grid))
+    return backbone.parted(tokens, (cells.shape[2], cells.shape[3]))[1]
 
 
 def pools_a_token(backbone: Backbone, features: Features) -> bool:
     """Whether `pooled` is a special token, as where a class token is; on the meta device, whether it may be."""
-    tokens, cells = features.tokens, features.pyramid[-1].shape[2:].numel()
-    if tokens is None or cells < 2:
+    tokens, (height, width) = features.tokens, features.pyramid[-1].shape[2:]
+    if tokens is None or height * width < 2:
         return False
-    special = tokens[:, list(backbone.special_tokens(tokens.shape[1], cells))]
+    special, _ = backbone.parted(tokens, (height, width))
     if tokens.is_meta or not special.shape[1]:
         return special.shape[1] > 0
     apart = (special - features.pooled[:, None]).abs().amax(2).amin(1)  # (B,)

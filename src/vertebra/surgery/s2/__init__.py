@@ -188,6 +188,17 @@ class S2(Backbone):
         grid = _on_grid(cells, self.onto).flatten(2).mT  # (B, N, scales * C)
         return Features(tuple(pyramids), pooled, torch.cat([torch.cat(special, 2), grid], 1))
 
+    @property
+    def whole_look(self) -> int | None:
+        """Which run of the backbone sees the image in one piece, from 0; None where all see tiles."""
+        runs = 0
+        for scale in self.scales:
+            plan = self._plan(*self.preprocess.size, scale)
+            if plan.rows * plan.columns == 1:
+                return runs
+            runs += 1 if self.tiles == "together" else plan.rows * plan.columns
+        return None
+
     def trunk(self) -> Sequence[nn.Module]:
         """The backbone's parts."""
         return self.inner.trunk()
@@ -213,11 +224,9 @@ class S2(Backbone):
         pooled = _mean(found.pooled, plan)
         if found.tokens is None:
             return _Seen(maps, pooled)
-        count, grid = found.tokens.shape[1], found.pyramid[-1].shape[2:]
-        special = self.inner.special_tokens(count, grid.numel())
-        places = sorted({*range(count)} - {*special})
-        cells = found.tokens[:, places].mT.unflatten(2, tuple(grid))  # (tiles * B, C, h, w)
-        return _Seen(maps, pooled, _mean(found.tokens[:, special], plan), _glued(cells, plan))
+        height, width = found.pyramid[-1].shape[2:]
+        special, cells = self.inner.parted(found.tokens, (height, width))  # of tiles * B
+        return _Seen(maps, pooled, _mean(special, plan), _glued(cells, plan))
 
     def _plan(self, height: int, width: int, scale: float) -> "_Plan":
         """How images of a size are cut at a scale."""
