@@ -152,3 +152,12 @@ def test_wrong_options_are_refused():
         mthl(classify(timm("test_resnet", image_size=32), ["one", "other"]))
     assert method().balance == "switch" and method(tasks=2).balance == "information"
     assert method(tasks=2, balance="switch").weight == 0.01
+
+
+def test_plain_training_keeps_experts_in_use():
+    from vertebra.methods.assisted import supervised
+
+    backbone = moe_vit("nano")
+    assert isinstance(supervised(classify(backbone, ["one", "other"])), Balanced)
+    plain = timm("test_resnet", image_size=32)
+    assert not isinstance(supervised(classify(plain, ["one", "other"])), Balanced)

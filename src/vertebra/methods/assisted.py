@@ -11,8 +11,10 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from vertebra.blocks.mixture_of_experts import Router
 from vertebra.contracts import Batch, Features, Progress, TaskModel
 from vertebra.errors import UsageError
+from vertebra.methods.mthl import mthl
 from vertebra.methods.supervised import Supervised
 
 
@@ -32,8 +34,15 @@ class Composite(Protocol):
 
 
 def supervised(task_model: TaskModel) -> Supervised:
-    """The method for labelled images: with assistant supervision where the backbone is a composite."""
-    return Assisted(task_model) if isinstance(task_model.backbone, Composite) else Supervised(task_model)
+    """The method for labelled images: what the backbone needs beside the task's losses comes with it.
+
+    A composite has assistants to supervise, and experts have to be kept in use.
+    """
+    if isinstance(task_model.backbone, Composite):
+        return Assisted(task_model)
+    if any(isinstance(part, Router) for part in task_model.backbone.modules()):
+        return mthl(task_model)
+    return Supervised(task_model)
 
 
 class Assisted(Supervised):
