@@ -108,7 +108,7 @@ def chart(found: Found, networks: Sequence[str], file: Path) -> None:
             axis.loglog(sides, values, marker="osD^vPX*"[number // 10 % 8], markersize=4, linewidth=1.2, label=address)
         axis.set(title=title, xlabel="side of the image in pixels")
         axis.set_xticks(ticks := sorted({side for _, side in found}), [str(side) for side in ticks])
-        axis.minorticks_off()
+        axis.xaxis.minorticks_off()
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(file, metadata={"Date": None})
