@@ -37,7 +37,7 @@ PAPER = Paper(
         "87.3 % ImageNet-1k top-1 (large, 384 px, pretrained on ImageNet-22k), 58.7 box AP and 51.1 mask AP on "
         "COCO, 53.5 mIoU on ADE20K"
     ),
-    note="Swin-MLP, which timm lacks, comes with our own transformer pages.",
+    note="Swin-MLP, which timm lacks, is a page of its own: `swin_mlp`.",
 )
 
 VARIANTS = {
