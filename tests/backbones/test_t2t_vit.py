@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vertebra.backbones import t2t_vit as page
-from vertebra.backbones.t2t_vit import effect, published, resized, t2t_vit
-from vertebra.blocks.positions import sinusoids
+from vertebra.backbones.t2t_vit import effect, published, t2t_vit
+from vertebra.blocks.positions import fitted, sinusoids
 from vertebra.contracts import Measured
 from vertebra.data import read
 from vertebra.errors import ParityError, UsageError
@@ -96,7 +96,7 @@ def test_a_released_table_fits_another_size():
     state, backbone = authors(), t2t_vit("7", image_size=(384, 256))
     found = published(state, backbone)
     assert found["positions"].shape == (1, 1 + 24 * 16, 256)
-    assert torch.equal(found["positions"], resized(state["pos_embed"], (14, 14), (24, 16)))
+    assert torch.equal(found["positions"], fitted(state["pos_embed"], (14, 14), (24, 16), 1))
 
 
 def test_positions_are_waves_that_nothing_trains():

@@ -8,7 +8,7 @@ from torch import nn
 
 from vertebra.backbones.timm import timm
 from vertebra.blocks.attention import attend, attention
-from vertebra.blocks.positions import RelativeBias, rotated, sinusoids
+from vertebra.blocks.positions import RelativeBias, fitted, rotated, sinusoids
 from vertebra.errors import UsageError
 from vertebra.parity import fill, images
 from vertebra.surgery.swap import swap
@@ -97,6 +97,18 @@ def test_sinusoids_are_the_papers():
     place, pair = 7, 2
     angle = torch.tensor(place / 10000 ** (2 * pair / 6))
     torch.testing.assert_close(table[place, 2 * pair : 2 * pair + 2], torch.stack([angle.sin(), angle.cos()]))
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+def test_learned_positions_fit_another_grid(mode):
+    table = images((1, 2 + 12, 5))
+    found = fitted(table, (3, 4), (6, 5), 2, mode=mode)
+    cells = table[:, 2:].mT.unflatten(2, (3, 4))
+    wanted = torch.nn.functional.interpolate(cells, (6, 5), mode=mode, align_corners=False)
+    torch.testing.assert_close(found[:, 2:], wanted.flatten(2).mT)
+    assert torch.equal(found[:, :2], table[:, :2]) and fitted(table, (3, 4), (3, 4), 2) is table
+    smaller = [fitted(table, (3, 4), (2, 2), 2, smooth=smooth) for smooth in (False, True)]
+    assert smaller[0].shape == (1, 6, 5) and not torch.allclose(*smaller)
 
 
 def test_a_relative_bias_depends_on_the_offset_alone():

@@ -16,13 +16,13 @@ from typing import Literal, Unpack
 
 import torch
 from timm.layers.drop import DropPath
-from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.layers.weight_init import lecun_normal_, trunc_normal_
 from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 
 from vertebra.backbones.building import BackboneOptions, build, check_at_least, check_images, drop_rates
 from vertebra.blocks.mamba2 import EPS, mamba2
+from vertebra.blocks.positions import fitted
 from vertebra.blocks.rows import Dense
 from vertebra.blocks.state_space_duality import Form
 from vertebra.contracts import Backbone, Features, Level, Preprocess
@@ -167,9 +167,7 @@ class Embedding(nn.Module):
 
     def places(self, grid: tuple[int, int]) -> Tensor:
         """Positions (1, 1 + h * w, dim) of a grid."""
-        if grid == self.grid:
-            return self.positions
-        return resample_abs_pos_embed(self.positions, list(grid), list(self.grid), num_prefix_tokens=1)
+        return fitted(self.positions, self.grid, grid, 1, smooth=True)
 
 
 def _backwards(rule: FlipRule, number: int) -> bool:
@@ -260,6 +258,6 @@ def published(state: Mapping[str, Tensor], backbone: Adventurer) -> dict[str, Te
         table = state["pos_embed"].roll(1, 1)  # theirs has the class token last
         side = isqrt(table.shape[1] - 1)
         if table.shape[1] != backbone.embed.positions.shape[1]:
-            table = resample_abs_pos_embed(table, list(backbone.embed.grid), [side, side], num_prefix_tokens=1)
+            table = fitted(table, (side, side), backbone.embed.grid, 1, smooth=True)
         state["pos_embed"] = table
     return convert(state, [(r"^head\.", None), *_NAMES], backbone)

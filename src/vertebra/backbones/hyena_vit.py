@@ -15,13 +15,13 @@ from typing import Any, Literal, Unpack
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from timm.layers.drop import DropPath
-from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
 from vertebra.backbones.building import BackboneOptions, build, check_at_least, check_images, drop_rates
 from vertebra.blocks.attention import attention
 from vertebra.blocks.hyena_nd import HyenaOptions, hyena_nd, names
+from vertebra.blocks.positions import fitted
 from vertebra.blocks.rows import FeedForward
 from vertebra.contracts import Backbone, Features, Level, Preprocess
 from vertebra.errors import UsageError, near
@@ -153,10 +153,7 @@ class HyenaViT(Backbone):
 
     def positions_of(self, grid: tuple[int, int]) -> Tensor:
         """Positions of a grid (h, w): (1, h, w, dim)."""
-        found = self.positions
-        if grid != self.grid:
-            found = resample_abs_pos_embed(found, list(grid), list(self.grid), num_prefix_tokens=0)
-        return found.unflatten(1, grid)
+        return fitted(self.positions, self.grid, grid, smooth=True).unflatten(1, grid)
 
     def trunk(self) -> list[nn.Module]:
         """The patches, the blocks and the norm."""

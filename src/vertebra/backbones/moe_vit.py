@@ -20,7 +20,6 @@ from typing import Literal, Unpack, get_args
 
 import torch
 from timm.layers.drop import DropPath
-from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.layers.weight_init import lecun_normal_, trunc_normal_
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -28,6 +27,7 @@ from torch.nn.functional import pad
 from vertebra.backbones.building import BackboneOptions, build, check_at_least, check_images, drop_rates
 from vertebra.blocks.expert_attention import expert_attention, multi_query_attention
 from vertebra.blocks.mixture_of_experts import Noise, PerTask, mixture_of_experts
+from vertebra.blocks.positions import fitted
 from vertebra.contracts import Backbone, Features, Level, Preprocess
 from vertebra.errors import UsageError
 
@@ -216,9 +216,7 @@ class Patches(PerTask):
         lacks = [cells * self.patch - side for cells, side in zip(grid, images.shape[2:], strict=True)]
         padded = pad(images, (0, lacks[1], 0, lacks[0])) if any(lacks) else images
         x = self.conv(padded).flatten(2).mT  # (B, N, dim)
-        positions = self.positions
-        if grid != self.grid:
-            positions = resample_abs_pos_embed(positions, list(grid), list(self.grid), num_prefix_tokens=1)
+        positions = fitted(self.positions, self.grid, grid, 1, smooth=True)
         return torch.cat([self.class_token.expand(len(x), -1, -1), x], 1) + positions
 
     def keep_tasks(self, tasks: Sequence[int]) -> None:

@@ -24,11 +24,11 @@ from typing import Any, Literal, Unpack, get_args
 
 import torch
 from timm.layers.drop import DropPath
-from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from vertebra.backbones.building import BackboneOptions, build, check_at_least, check_images, drop_rates
+from vertebra.blocks.positions import fitted
 from vertebra.blocks.rows import Dense
 from vertebra.blocks.spatial_reduction_attention import spatial_reduction_attention
 from vertebra.blocks.windows import Sides
@@ -220,16 +220,7 @@ class Embed(nn.Module):
         x = self.norm(x.flatten(2).mT)
         if self.class_token is not None:
             x = torch.cat((self.class_token.to(x.dtype).expand(len(x), -1, -1), x), 1)
-        return x + fitted(self.positions, self.grid, grid, self.prefix), grid
-
-
-def fitted(positions: Tensor, before: Sides, after: Sides, prefix: int) -> Tensor:
-    """Positions (1, prefix + N, dim) of a grid, for another: bilinear and without smoothing, as the authors have it."""
-    if before == after:
-        return positions
-    return resample_abs_pos_embed(
-        positions, list(after), list(before), num_prefix_tokens=prefix, interpolation="bilinear", antialias=False
-    )
+        return x + fitted(self.positions, self.grid, grid, self.prefix, mode="bilinear"), grid
 
 
 class Block(nn.Module):
@@ -318,7 +309,8 @@ def _placed(table: Tensor, embed: Embed) -> Tensor:
     side = isqrt(table.shape[1] - token)
     if side * side != table.shape[1] - token:
         return table
-    return fitted(table[:, token - min(token, embed.prefix) :], (side, side), embed.grid, min(token, embed.prefix))
+    prefix = min(token, embed.prefix)
+    return fitted(table[:, token - prefix :], (side, side), embed.grid, prefix, mode="bilinear")
 
 
 _POSITIONS = re.compile(r"pos_embed(\d+)$|(?:patch_embeddings|embeds)\.(\d+)\.position(?:_embedding)?s$")

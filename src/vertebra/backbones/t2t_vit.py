@@ -19,11 +19,10 @@ import torch
 from timm.layers.drop import DropPath
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
 from vertebra.backbones.building import BackboneOptions, build, check_at_least, check_images, drop_rates
 from vertebra.blocks.attention import attention
-from vertebra.blocks.positions import sinusoids
+from vertebra.blocks.positions import fitted, sinusoids
 from vertebra.blocks.rows import Dense
 from vertebra.blocks.t2t import SPLITS, Split, t2t
 from vertebra.contracts import Backbone, Check, Effect, Features, Level, Measured, Preprocess
@@ -178,7 +177,7 @@ class T2TViT(Backbone):
         *maps, last = self.tokenizer(images)
         sides = last.shape[2], last.shape[3]
         x = torch.cat([self.class_token.expand(len(last), -1, -1), last.flatten(2).mT], 1)  # (B, 1 + N, dim)
-        x = x + resized(self.positions.detach(), self.grid, sides)
+        x = x + fitted(self.positions.detach(), self.grid, sides, 1)
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)
@@ -208,15 +207,6 @@ class Block(nn.Module):
         """Tokens (B, N, dim) to the same."""
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-def resized(table: Tensor, grid: tuple[int, int], sides: tuple[int, int]) -> Tensor:
-    """A table of positions (1, 1 + N, dim) of a grid for one of other sides; the class token's stays."""
-    if grid == sides:
-        return table
-    places = table[:, 1:].mT.unflatten(2, grid)
-    places = interpolate(places.float(), sides, mode="bicubic", align_corners=False).to(table.dtype)
-    return torch.cat([table[:, :1], places.flatten(2).mT], 1)
 
 
 def published(state: Mapping[str, Tensor], backbone: T2TViT) -> dict[str, Tensor]:
@@ -250,7 +240,7 @@ def published(state: Mapping[str, Tensor], backbone: T2TViT) -> dict[str, Tensor
         if table is not None and table.shape[1] != backbone.positions.shape[1]:
             side = round((table.shape[1] - 1) ** 0.5)
             if side * side == table.shape[1] - 1:
-                found[name] = resized(table, (side, side), backbone.grid)
+                found[name] = fitted(table, (side, side), backbone.grid, 1)
     return convert(found, rules, backbone)
 
 

@@ -18,7 +18,6 @@ from typing import Any, Literal, Unpack, get_args
 
 import torch
 from timm.layers.drop import DropPath
-from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.layers.weight_init import lecun_normal_, trunc_normal_
 from torch import Tensor, nn
 from torch.nn.functional import pad, rms_norm
@@ -26,6 +25,7 @@ from torch.nn.functional import pad, rms_norm
 from vertebra.backbones.building import BackboneOptions, build, check_at_least, check_images, drop_rates
 from vertebra.blocks.attention import attention
 from vertebra.blocks.bidirectional_ssm import Start, bidirectional_ssm
+from vertebra.blocks.positions import fitted
 from vertebra.contracts import Backbone, Check, Effect, Features, Level, Measured, Preprocess
 from vertebra.data.dataset import Dataset, Split
 from vertebra.errors import UsageError
@@ -232,7 +232,7 @@ class Vim(Backbone):
 
     def _resized(self, table: Tensor, before: tuple[int, int], after: tuple[int, int]) -> Tensor:
         cells, classes = self._parted(table)
-        return self._joined(resample_abs_pos_embed(cells, list(after), list(before), num_prefix_tokens=0), classes)
+        return self._joined(fitted(cells, before, after, smooth=True), classes)
 
 
 class Block(nn.Module):

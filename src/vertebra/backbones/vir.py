@@ -15,17 +15,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from math import isqrt
 from pathlib import Path
 from typing import Any, Literal, Unpack, get_args
 
 import torch
 from timm.layers.drop import DropPath
-from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from vertebra.backbones.building import BackboneOptions, build, check_at_least, check_images, drop_rates
 from vertebra.blocks.attention import attention
+from vertebra.blocks.positions import fitted
 from vertebra.blocks.retention import CHUNK, Compat, Form, Retention, causal_decays, log_rates, retention
 from vertebra.blocks.rows import Dense
 from vertebra.contracts import Backbone, Check, Effect, Features, Level, Measured, Preprocess
@@ -235,9 +236,7 @@ class ViR(Backbone):
         return pad(images, (0, across, 0, down)) if down or across else images
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
-        if grid == self.grid:
-            return self.positions
-        return resample_abs_pos_embed(self.positions, list(grid), list(self.grid), num_prefix_tokens=0)
+        return fitted(self.positions, self.grid, grid, smooth=True)
 
     def _decays(self, x: Tensor) -> Tensor | None:
         """What the parallel form multiplies by, once for all blocks."""
@@ -416,7 +415,8 @@ def published(state: Mapping[str, Tensor], backbone: ViR) -> dict[str, Tensor]:
     tensors = dict(state)
     for name in ("pos_embed", "module.pos_embed"):
         if name in tensors and tensors[name].shape != backbone.positions.shape:  # theirs are of a square
-            tensors[name] = resample_abs_pos_embed(tensors[name], list(backbone.grid), num_prefix_tokens=0)
+            side = isqrt(tensors[name].shape[1])
+            tensors[name] = fitted(tensors[name], (side, side), backbone.grid, smooth=True)
     return convert(tensors, _RULES, backbone)
 
 

@@ -30,7 +30,8 @@ from torch.nn.functional import pad
 
 from vertebra.backbones.building import BackboneOptions, build, check_at_least, check_images, drop_rates
 from vertebra.blocks.attention import attention
-from vertebra.blocks.residual_spatial_reduction import Shortcut, fitted, residual_spatial_reduction
+from vertebra.blocks.positions import fitted
+from vertebra.blocks.residual_spatial_reduction import Shortcut, residual_spatial_reduction
 from vertebra.blocks.rows import FeedForward
 from vertebra.contracts import Backbone, Check, Effect, Features, Level, Measured, Preprocess
 from vertebra.data.dataset import Dataset, Split

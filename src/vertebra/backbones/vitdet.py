@@ -31,11 +31,11 @@ from typing import Any, Literal, Unpack, get_args
 import torch
 from timm.layers.drop import DropPath
 from timm.layers.patch_embed import resample_patch_embed
-from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from vertebra.backbones.building import BackboneOptions, build, check_at_least, check_images, drop_rates, pair
+from vertebra.blocks import positions
 from vertebra.blocks.decomposed_relative_position import decomposed_relative_position, fitted
 from vertebra.blocks.rows import Dense, FeedForward
 from vertebra.blocks.windows import Sides, group, padded, ungroup
@@ -221,15 +221,8 @@ class Embed(nn.Module):
         x = self.norm(self.conv(pad(images, (0, more[1], 0, more[0])) if any(more) else images).permute(0, 2, 3, 1))
         if self.positions is not None:
             grid = x.shape[1], x.shape[2]
-            x = x + resized(self.positions, self.grid, grid).unflatten(1, grid)
+            x = x + positions.fitted(self.positions, self.grid, grid).unflatten(1, grid)
         return self.norm_pre(x.contiguous())
-
-
-def resized(positions: Tensor, before: Sides, after: Sides) -> Tensor:
-    """Positions (1, N, dim) of a grid for another: bicubic, and without smoothing, as the reference has it."""
-    if before == after:
-        return positions
-    return resample_abs_pos_embed(positions, list(after), list(before), num_prefix_tokens=0, antialias=False)
 
 
 class Block(nn.Module):
@@ -430,7 +423,7 @@ def _placed(table: Tensor, embed: Embed) -> Tensor:
     if embed.positions is None or table.shape == embed.positions.shape:
         return table
     side = isqrt(table.shape[1])
-    return resized(table[:, table.shape[1] - side * side :], (side, side), embed.grid)
+    return positions.fitted(table[:, table.shape[1] - side * side :], (side, side), embed.grid)
 
 
 _TABLE = re.compile(r"blocks\.(\d+)\.attn\.(rel_pos_h|rel_pos_w|rows|columns)$")

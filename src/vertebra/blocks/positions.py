@@ -1,10 +1,13 @@
 """Where a token is, told to a transformer: tables that fit any grid, waves, rotations, relative biases.
 
-No page: a tool of the transformers. Learned tables are resized by `timm.layers.resample_abs_pos_embed`, where a
-page's reference does nothing else.
+No page: a tool of the transformers.
 """
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.layers.pos_embed_rel import gen_relative_position_index
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
@@ -21,6 +24,35 @@ def sinusoids(length: int, dim: int) -> Tensor:
     periods = 10000 ** (2 * torch.arange(dim).div(2, rounding_mode="floor").double() / dim)
     angles = torch.arange(length)[:, None].double() / periods
     return torch.where(torch.arange(dim) % 2 == 0, angles.sin(), angles.cos()).float()
+
+
+def fitted(
+    table: Tensor,
+    before: Sequence[int],
+    after: Sequence[int],
+    prefix: int = 0,
+    *,
+    mode: Literal["bicubic", "bilinear"] = "bicubic",
+    smooth: bool = False,
+) -> Tensor:
+    """Learned positions of a grid, for another grid.
+
+    Args:
+        table: (1, prefix + N, dim); N is the product of `before`.
+        before: rows and columns that it was learned on.
+        after: rows and columns that are wanted.
+        prefix: positions in front that belong to no cell, and stay.
+        mode: of the interpolation.
+        smooth: whether a filter goes before it where the grid becomes coarser, as timm has it by default.
+
+    Returns:
+        (1, prefix + N', dim).
+    """
+    if tuple(before) == tuple(after):
+        return table
+    return resample_abs_pos_embed(
+        table, list(after), list(before), num_prefix_tokens=prefix, interpolation=mode, antialias=smooth
+    )
 
 
 def rotated(x: Tensor, angles: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ larger half: the convolution pads with zeros, and the mean is that of the cells 
 from typing import Literal, get_args
 
 import torch
-from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, pad
 
+from vertebra.blocks.positions import fitted
 from vertebra.blocks.windows import Sides
 from vertebra.errors import UsageError
 
@@ -126,13 +126,6 @@ class ResidualSpatialReduction(nn.Module):
         """(1, outputs, h, w) of a grid."""
         assert self.positions is not None and self.grid is not None
         return fitted(self.positions, self.grid, grid).mT.unflatten(2, grid)
-
-
-def fitted(positions: Tensor, before: Sides, after: Sides, prefix: int = 0) -> Tensor:
-    """Positions (1, prefix + N, dim) of a grid, for another: bicubic and without smoothing, as the authors have it."""
-    if before == after:
-        return positions
-    return resample_abs_pos_embed(positions, list(after), list(before), num_prefix_tokens=prefix, antialias=False)
 
 
 def _widening(channels: int, outputs: int) -> nn.Linear:
