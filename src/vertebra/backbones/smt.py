@@ -9,7 +9,7 @@ that one or two pixels at the border are left out.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Unpack, get_args
 
@@ -366,7 +366,7 @@ class _Setting:
     images: int
     held: int
     epochs: int
-    swin: Mapping[str, Any] | None = field(default=None)
+    swin: Mapping[str, Any] | None = None
 
 
 _SETTINGS = {

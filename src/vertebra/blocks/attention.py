@@ -96,7 +96,7 @@ def attend(
         q: (B, heads, N, d), or (B, G, heads, N, d) of G groups.
         k: likewise, of M keys.
         v: likewise, (..., M, e).
-        bias: added to the products, (heads, N, M) or (B, heads, N, M).
+        bias: added to the products, (heads, N, M), or (B, heads, N, M) without groups.
         mask: (N, M), or (G, N, M) with groups; True where a place may attend to another.
         scale: of the products; d^-0.5 by default.
         drop: probability that a weight is dropped, 0..1.
